@@ -1,0 +1,19 @@
+"""How a run can end badly, and the exit code that says so to a script."""
+
+from __future__ import annotations
+
+from llmc.passes.base import LlmcError
+
+__all__ = ["BudgetError", "LlmcError", "TargetError"]
+
+
+class BudgetError(LlmcError):
+    """A step moved the outputs further from the loaded model than the recipe's budget allows."""
+
+    exit_code = 3
+
+
+class TargetError(LlmcError):
+    """The target cannot build this graph; every reason found is in the message, with the nodes."""
+
+    exit_code = 4

@@ -1,0 +1,144 @@
+"""The Report: one model, rendered by the modules beside it. Its JSON Schema is `schema.json`, checked in the tests."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class Part(BaseModel):
+    """Base of every part: strict about its keys, so that a renderer and a reader can rely on them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class OutputNumerics(Part):
+    """How far one output is from the reference, over all verification samples."""
+
+    output: str
+    max_abs: float = Field(description="Largest absolute difference.")
+    relative_l2: float = Field(description="L2 norm of the difference over the L2 norm of the reference.")
+    cosine: float = Field(description="Mean cosine similarity of rows along the last axis.")
+    sqnr_db: float | None = Field(description="Signal over difference in decibels; null where they are equal.")
+    finite: bool = Field(description="False where this output has NaN or infinity that the reference has not.")
+
+
+class RewriteLine(Part):
+    number: int
+    rule: str
+    node: str
+    module: str = ""
+    detail: str = ""
+
+
+class NearMissLine(Part):
+    rule: str
+    node: str
+    module: str = ""
+    reason: str
+
+
+class PassReport(Part):
+    """One step of the recipe. Step 0 is the load: its numerics compare the loaded graph with the source model."""
+
+    index: int
+    key: str
+    status: Literal["done", "skipped", "over budget"] = "done"
+    reason: str = Field(default="", description="Why a pass was skipped, or which budget it broke.")
+    parameters: dict[str, object] = Field(default_factory=dict)
+    nodes_before: dict[str, int] = Field(default_factory=dict, description="Operator → count.")
+    nodes_after: dict[str, int] = Field(default_factory=dict)
+    weight_bytes_after: int = 0
+    rewrites: list[RewriteLine] = Field(default_factory=list)
+    near_misses: list[NearMissLine] = Field(default_factory=list)
+    kept: dict[str, str] = Field(default_factory=dict, description="Node → why its precision was left alone.")
+    numerics: list[OutputNumerics] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+
+
+class TensorLine(Part):
+    name: str
+    dtype: str
+    shape: list[int | str | None]
+
+
+class DtypeWeights(Part):
+    parameters: int
+    bytes: int
+
+
+class GraphReport(Part):
+    """The graph that the target was given."""
+
+    opset: int
+    nodes: dict[str, int] = Field(description="Operator → count, most frequent first.")
+    inputs: list[TensorLine]
+    outputs: list[TensorLine]
+    weights: dict[str, DtypeWeights] = Field(description="dtype → parameters and bytes.")
+    flops: int | None = Field(description="Of one run at the profile's optimum; multiply and add count as two.")
+
+
+class LayerPrecision(Part):
+    """One layer with arithmetic: the dtype that the recipe asked for, and the one found in the final graph."""
+
+    node: str
+    op: str
+    module: str = ""
+    asked: str
+    found: str
+    reason: str = Field(default="", description="Why they differ, where a pass said so.")
+
+
+class Verification(Part):
+    reference: str = Field(description="What outputs are compared with: 'torch', or 'the loaded graph'.")
+    inputs: str = Field(description="Where the samples came from.")
+    samples: int
+    budgets: dict[str, float] = Field(default_factory=dict)
+
+
+class TargetReport(Part):
+    kind: str
+    files: dict[str, int] = Field(default_factory=dict, description="File → bytes.")
+    facts: dict[str, object] = Field(default_factory=dict, description="What is honestly known, as the target names it.")
+    profiles: list[dict[str, tuple[int, int, int]]] = Field(
+        default_factory=list, description="Symbolic dimension → least, optimal and largest size."
+    )
+    layers: list[dict[str, object]] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+
+
+class SourceReport(Part):
+    kind: str
+    name: str
+    sha256: str
+    task: str | None = None
+    exporter: str = ""
+    notes: list[str] = Field(default_factory=list)
+
+
+class Timings(Part):
+    """Seconds. The one part of a report that differs between two runs of the same compile."""
+
+    total: float
+    steps: dict[str, float] = Field(description="Step ('load', '1 fold-constants', 'verify', 'build') → seconds.")
+
+
+class Report(Part):
+    """What a compile did, and how well."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    llmc: str = Field(description="Version of llmc.")
+    status: Literal["done", "over budget", "target failed"]
+    source: SourceReport
+    recipe: str = Field(description="Name of the recipe.")
+    passes: list[PassReport]
+    graph: GraphReport
+    precision: list[LayerPrecision] = Field(default_factory=list)
+    verification: Verification | None = None
+    target: TargetReport | None = None
+    warnings: list[str] = Field(default_factory=list)
+    versions: dict[str, str] = Field(description="Everything that had a say: package → version.")
+    timings: Timings

@@ -1,0 +1,1 @@
+"""Passes: graph → graph. Nothing here imports the compiler, torch or tensorrt."""

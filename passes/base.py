@@ -1,0 +1,154 @@
+"""What a pass is, what it is given and what it gives back."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+from typing import ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from llmc.passes.graph import Graph, Node, module_of
+
+Safety = Literal["exact", "tolerance", "lossy"]
+Need = Literal["activations"]
+
+
+class LlmcError(Exception):
+    """Bad input: the message says what is wrong, where, and what to do. Exit code 2."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class PassError(Exception):
+    """A pass met a graph that breaks ONNX's rules; the message names the node."""
+
+
+class Skip(Exception):
+    """The pass does not apply to this graph; the message is the reason that the report gives."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One rewrite that was done: its number in the run, the rule, and the node it was found at."""
+
+    number: int
+    rule: str
+    node: str
+    module: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place where a rule almost applied, and the first thing that stopped it."""
+
+    rule: str
+    node: str
+    reason: str
+    module: str = ""
+
+
+@dataclass
+class PassResult:
+    """What a pass did: rewrites, near misses, and for changes of precision what each node was asked to be."""
+
+    rewrites: list[Applied] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    asked: dict[str, str] = field(default_factory=dict)
+    """Node name → the dtype that this pass asks its arithmetic to have ('float16', 'int8')."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """Node name → why the pass left the node in its old precision."""
+    warnings: list[str] = field(default_factory=list)
+
+
+class Ledger:
+    """Numbers every rewrite of a run, over all its passes, from 1; ends a run after rewrite `stop_after`."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.stop_after = stop_after
+        self.taken = 0
+
+    def take(self) -> int | None:
+        """The number of the rewrite about to be done; None where the run is to make no more."""
+        if self.stop_after is not None and self.taken >= self.stop_after:
+            return None
+        self.taken += 1
+        return self.taken
+
+
+class Activations(Protocol):
+    """What tensors of a graph look like on calibration data; implemented by the compiler."""
+
+    def amax(
+        self, graph: Graph, tensors: Sequence[str], *, method: str, percentile: float, samples: int
+    ) -> Mapping[str, float]:
+        """For each tensor the magnitude that a symmetric quantizer should clip at, over `samples` samples."""
+
+    def absolute_maximum(self, graph: Graph, tensors: Sequence[str]) -> Mapping[str, float]:
+        """The largest magnitude that each tensor reaches on the data (infinite or NaN where it gets there)."""
+
+
+@dataclass
+class Context:
+    """What a run gives to its passes: the numbering of rewrites, and activations for those that need them."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    activations: Activations | None = None
+
+    def apply(self, result: PassResult, rule: str, node: Node, detail: str = "") -> bool:
+        """Ask to do one rewrite at `node`; records it and answers True, or answers False where the run ends here."""
+        number = self.ledger.take()
+        if number is None:
+            return False
+        result.rewrites.append(Applied(number, rule, node.name, module_of(node), detail))
+        return True
+
+
+class Pass(BaseModel, ABC):
+    """One step of a recipe. The class is its parameters, its recipe key, its help text and its documentation.
+
+    The first line of the docstring says what it does; the rest gives the rewrite with shapes and dtypes,
+    **Safety:**, and the source.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    after: ClassVar[tuple[str, ...]] = ()
+    """Keys of passes that must stand before this one where a recipe has both; checked, never reordered."""
+    needs: ClassVar[tuple[Need, ...]] = ()
+    safety: ClassVar[Safety]
+
+    @abstractmethod
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        """Change `graph` in place and say what was done. Raises Skip, PassError or LlmcError."""
+
+    @classmethod
+    def key(cls) -> str:
+        """The name in recipes: FuseGelu → 'fuse-gelu', QuantizeInt8 → 'quantize-int8'."""
+        return "-".join(re.findall(r"[A-Z]+(?![a-z])[0-9]*|[A-Z][a-z]*[0-9]*", cls.__name__)).lower()
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the docstring."""
+        return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+@cache
+def discover() -> Mapping[str, type[Pass]]:
+    """Every pass by its key: each concrete Pass class of each module below this package."""
+    import llmc.passes as package
+
+    found: dict[str, type[Pass]] = {}
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == module.name:
+                if not value.__abstractmethods__:
+                    found[value.key()] = value
+    return MappingProxyType(dict(sorted(found.items())))
