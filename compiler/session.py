@@ -1,0 +1,70 @@
+"""Runs a Graph in ONNX Runtime with every optimization off: the truth that verification and calibration stand on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from llmc.passes.base import LlmcError
+from llmc.passes.graph import Array, Graph, Weights, to_structure
+
+
+class Session:
+    """One graph, ready to run on the CPU. Weights are shared with the graph, not copied.
+
+    `extra_outputs` are tensors of the graph to give back beside its outputs. Raises LlmcError where ONNX
+    Runtime cannot run the graph, with its reason.
+    """
+
+    def __init__(self, graph: Graph, extra_outputs: Sequence[str] = ()) -> None:
+        import onnxruntime as ort
+
+        structure = to_structure(graph)
+        present = {info.name for info in structure.model.graph.output}
+        structure.model.graph.output.extend(
+            onnx.ValueInfoProto(name=name) for name in dict.fromkeys(extra_outputs) if name not in present
+        )
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        self._values = _ort_values(structure.weights)
+        if self._values:
+            options.add_external_initializers(list(self._values), list(self._values.values()))
+        try:
+            self._session = ort.InferenceSession(
+                structure.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+            raise LlmcError(f"ONNX Runtime cannot run this graph: {error}") from error
+        self.inputs = [i.name for i in self._session.get_inputs()]
+        self.outputs = [o.name for o in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Output name → value. Inputs that the graph does not have (any more) are left out."""
+        names = list(outputs) if outputs is not None else self.outputs
+        given = {name: np.ascontiguousarray(feeds[name]) for name in self.inputs if name in feeds}
+        try:
+            values = self._session.run(names, given)
+        except Exception as error:
+            raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
+        return dict(zip(names, values, strict=True))
+
+
+def _ort_values(weights: Mapping[str, Array | Weights]) -> dict[str, Any]:
+    import onnxruntime as ort
+
+    values = {}
+    for name, held in weights.items():
+        array = np.ascontiguousarray(held.load() if isinstance(held, Weights) else held)
+        if array.dtype.isbuiltin == 1:
+            values[name] = ort.OrtValue.ortvalue_from_numpy(array)
+        else:
+            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+                array, onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            )
+    return values
