@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import onnx
 
+from llmc.compiler.half import has_halves, round_halves
 from llmc.passes.base import LlmcError
 from llmc.passes.graph import Array, Graph, Weights, to_structure
 
 
 class Session:
     """One graph, ready to run on the CPU. Weights are shared with the graph, not copied.
+
+    float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`).
 
     `extra_outputs` are tensors of the graph to give back beside its outputs. Raises LlmcError where ONNX
     Runtime cannot run the graph, with its reason.
@@ -23,7 +26,7 @@ class Session:
     def __init__(self, graph: Graph, extra_outputs: Sequence[str] = ()) -> None:
         import onnxruntime as ort
 
-        structure = to_structure(graph)
+        structure = to_structure(round_halves(graph) if has_halves(graph) else graph)
         present = {info.name for info in structure.model.graph.output}
         structure.model.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in dict.fromkeys(extra_outputs) if name not in present

@@ -142,13 +142,13 @@ class Pass(BaseModel, ABC):
 
 @cache
 def discover() -> Mapping[str, type[Pass]]:
-    """Every pass by its key: each concrete Pass class of each module below this package."""
+    """Every pass by its key: each class of each module below this package that says how safe it is."""
     import llmc.passes as package
 
     found: dict[str, type[Pass]] = {}
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == module.name:
-                if not value.__abstractmethods__:
+                if hasattr(value, "safety"):
                     found[value.key()] = value
     return MappingProxyType(dict(sorted(found.items())))

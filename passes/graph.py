@@ -518,6 +518,36 @@ def copy_graph(graph: Graph) -> Graph:
     return from_structure(to_structure(graph))
 
 
+def constant_value(tensor: Tensor) -> Array | None:
+    """The value of a tensor that is constant, seen through Identity and Cast nodes; None for any other."""
+    if isinstance(tensor, Constant):
+        return cast(Array, tensor.values)
+    producer = tensor.inputs[0] if tensor.inputs else None
+    if producer is None or producer.domain or producer.op not in ("Identity", "Cast"):
+        return None
+    value = constant_value(producer.inputs[0])
+    if value is None or producer.op == "Identity":
+        return value
+    return value.astype(numpy_dtype(producer.attrs["to"]))
+
+
+def unlink(node: Node) -> None:
+    """Take a node's edges away, comparing by identity (graphsurgeon's own lists compare nodes by content, slowly)."""
+    for tensor in node.inputs:
+        _drop(tensor.outputs, node)
+    for tensor in node.outputs:
+        _drop(tensor.inputs, node)
+    list.clear(node.inputs)
+    list.clear(node.outputs)
+
+
+def _drop(nodes: list[Node], node: Node) -> None:
+    for index, candidate in enumerate(nodes):
+        if candidate is node:
+            list.__delitem__(nodes, index)
+            return
+
+
 def infer_shapes(graph: Graph) -> None:
     """Write the types and shapes that ONNX's inference finds (data propagation on) to the graph's tensors.
 

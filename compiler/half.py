@@ -1,0 +1,60 @@
+"""Makes ONNX Runtime's CPU round as a GPU does where a graph says float16 or bfloat16.
+
+ONNX Runtime runs most float16 operators on the CPU in float32 and drops its own casts between them, so that values
+never get rounded, and an overflow never shows. Here every such operator is spelled out: its inputs are cast to
+float32, it computes, and its result is cast back. Casts that the graph itself has are kept by ONNX Runtime. bfloat16,
+for which its CPU has hardly any operator, becomes runnable by the same means.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from llmc.passes.graph import Graph, Node, Tensor, Variable, copy_graph, infer_shapes, numpy_dtype, onnx_dtype
+
+HALF = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+EXACT = {"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Size", "Gather"}
+"""Operators that only move values, in any type."""
+
+
+def has_halves(graph: Graph) -> bool:
+    """Whether anything in the graph is float16 or bfloat16."""
+    return any(onnx_dtype(t) in HALF for t in graph.tensors().values())
+
+
+def round_halves(graph: Graph) -> Graph:
+    """A copy of `graph` in which each float16 or bfloat16 operator computes in float32 and rounds its result once."""
+    copy = copy_graph(graph)
+    infer_shapes(copy)
+    for scope in (copy, *copy.subgraphs(recursive=True)):
+        widened: dict[int, Tensor] = {}
+        nodes: list[Node] = []
+        for node in scope.nodes:
+            if node.op in EXACT or any(True for _ in node.subgraphs()):
+                nodes.append(node)
+                continue
+            halves = [i for i, t in enumerate(node.inputs) if onnx_dtype(t) in HALF]
+            for index in halves:
+                tensor = node.inputs[index]
+                if id(tensor) not in widened:
+                    wide = Variable(f"{tensor.name}/wide", numpy_dtype(onnx.TensorProto.FLOAT), tensor.shape)
+                    nodes.append(Node("Cast", wide.name, {"to": onnx.TensorProto.FLOAT}, [tensor], [wide]))
+                    widened[id(tensor)] = wide
+                node.inputs[index] = widened[id(tensor)]
+            nodes.append(node)
+            if halves:
+                nodes.extend(_narrow(node))
+        scope.nodes = nodes
+    return copy
+
+
+def _narrow(node: Node) -> list[Node]:
+    """Casts from what the widened node makes to the tensors that it made before."""
+    casts = []
+    for index, tensor in enumerate(list(node.outputs)):
+        to = onnx_dtype(tensor)
+        if tensor.name and to in HALF:
+            wide = Variable(f"{tensor.name}/computed", numpy_dtype(onnx.TensorProto.FLOAT), tensor.shape)
+            node.outputs[index] = wide
+            casts.append(Node("Cast", wide.name, {"to": to}, [wide], [tensor]))
+    return casts

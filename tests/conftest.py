@@ -1,0 +1,42 @@
+"""Fixtures that every room's tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx.parser
+import pytest
+
+from llmc.passes.graph import Array, Graph, from_model, numpy_dtype, onnx_dtype
+
+GraphParser = Callable[..., Graph]
+
+
+@pytest.fixture(scope="session")
+def parse() -> GraphParser:
+    """ONNX text → Graph. `parse("(float[N,4] x) => (float[N,4] y) { y = Relu(x) }", opset=20)`."""
+
+    def parse(text: str, opset: int = 20) -> Graph:
+        model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> g {text}')
+        onnx.checker.check_model(model)
+        return from_model(model)
+
+    return parse
+
+
+@pytest.fixture(scope="session")
+def random_feeds() -> Callable[..., dict[str, Array]]:
+    """Random inputs of a graph: standard normal floats, small integers; symbolic dimensions are `size`."""
+
+    def random_feeds(graph: Graph, seed: int = 0, size: int = 3) -> dict[str, Array]:
+        rng = np.random.default_rng(seed)
+        feeds = {}
+        for tensor in graph.inputs:
+            shape = [n if isinstance(n, int) else size for n in tensor.shape]
+            dtype = numpy_dtype(onnx_dtype(tensor))
+            floating = dtype.kind in "fV"
+            feeds[tensor.name] = (rng.standard_normal(shape) if floating else rng.integers(0, 2, shape)).astype(dtype)
+        return feeds
+
+    return random_feeds
