@@ -1,0 +1,38 @@
+"""llmc: compiles models to TensorRT engines, and proves every step.
+
+    from llmc.compiler import compile, load, verify
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmc.compiler.driver import compile as compile
+    from llmc.compiler.driver import plan as plan
+    from llmc.compiler.errors import BudgetError as BudgetError
+    from llmc.compiler.errors import LlmcError as LlmcError
+    from llmc.compiler.errors import TargetError as TargetError
+    from llmc.compiler.load import load as load
+    from llmc.compiler.recipe import Recipe as Recipe
+    from llmc.compiler.verify import verify as verify
+
+_HOMES = {
+    "compile": "driver",
+    "plan": "driver",
+    "BudgetError": "errors",
+    "LlmcError": "errors",
+    "TargetError": "errors",
+    "load": "load",
+    "Recipe": "recipe",
+    "verify": "verify",
+}
+__all__ = list(_HOMES)  # noqa: PLE0604 - names of the table above
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for, so that the command line starts at once."""
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

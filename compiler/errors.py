@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmc.passes.base import LlmcError
+from llmc.passes.errors import LlmcError
 
 __all__ = ["BudgetError", "LlmcError", "TargetError"]
 

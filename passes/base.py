@@ -14,24 +14,13 @@ from typing import ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from llmc.passes.errors import LlmcError as LlmcError
+from llmc.passes.errors import PassError as PassError
+from llmc.passes.errors import Skip as Skip
 from llmc.passes.graph import Graph, Node, module_of
 
 Safety = Literal["exact", "tolerance", "lossy"]
 Need = Literal["activations"]
-
-
-class LlmcError(Exception):
-    """Bad input: the message says what is wrong, where, and what to do. Exit code 2."""
-
-    exit_code: ClassVar[int] = 2
-
-
-class PassError(Exception):
-    """A pass met a graph that breaks ONNX's rules; the message names the node."""
-
-
-class Skip(Exception):
-    """The pass does not apply to this graph; the message is the reason that the report gives."""
 
 
 @dataclass(frozen=True)

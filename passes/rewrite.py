@@ -40,9 +40,11 @@ from llmc.passes.graph import (
     Tensor,
     Variable,
     constant_value,
+    fresh_names,
     infer_shapes,
     metadata,
     module_of,
+    scopes,
     unlink,
 )
 from llmc.passes.opset import raise_opset
@@ -322,9 +324,9 @@ class Failure:
 class Matcher:
     """Tries one rule at nodes of one scope (a graph, or a subgraph)."""
 
-    def __init__(self, rule: Rewrite, scope: Graph) -> None:
+    def __init__(self, rule: Rewrite, scope: Graph, opset: int) -> None:
         self.rule = rule
-        self.defaults = {o.op: _defaults(o.op, scope.opset) for o in rule.operators}
+        self.defaults = {o.op: _defaults(o.op, opset) for o in rule.operators}
         self.outputs = {id(t) for t in scope.outputs}
         self.failure = Failure()
 
@@ -547,26 +549,19 @@ class RewritePass(Pass):
 def apply_rule(rule: Rewrite, graph: Graph, context: Context, result: PassResult) -> None:
     """Apply one rule wherever it fits, in the graph and its subgraphs; refusals go to the near misses."""
     infer_shapes(graph)
-    if graph.opset < rule.opset and any(_matches(rule, scope, []) for scope in _scopes(graph)):
+    if graph.opset < rule.opset and any(_matches(rule, graph, scope, []) for scope in scopes(graph)):
         problem = raise_opset(graph, rule.opset)
         if problem is not None:
             result.near_misses.append(NearMiss(rule.name, "", problem))
             return
         infer_shapes(graph)
-    for scope in _scopes(graph):
+    for scope in scopes(graph):
         _apply_in_scope(rule, graph, scope, context, result)
 
 
-def _scopes(graph: Graph) -> list[Graph]:
-    scopes = [graph, *graph.subgraphs(recursive=True)]
-    for scope in scopes:
-        scope.opset = graph.opset
-    return scopes
-
-
-def _matches(rule: Rewrite, scope: Graph, misses: list[tuple[Node, str]]) -> list[Match]:
+def _matches(rule: Rewrite, graph: Graph, scope: Graph, misses: list[tuple[Node, str]]) -> list[Match]:
     """Matches that do not overlap, in graph order; `misses` gets each heart of the pattern that found no match."""
-    matcher = Matcher(rule, scope)
+    matcher = Matcher(rule, scope, graph.opset)
     found: list[Match] = []
     covered: set[int] = set()
     operators = {roots[0].operator.op for roots in rule.roots}
@@ -615,14 +610,14 @@ def _why_not(matcher: Matcher, heart: Node, path: list[Operator]) -> str:
 
 def _apply_in_scope(rule: Rewrite, graph: Graph, scope: Graph, context: Context, result: PassResult) -> None:
     misses: list[tuple[Node, str]] = []
-    matcher = Matcher(rule, scope)
-    fresh = _fresh_names(graph)
+    matcher = Matcher(rule, scope, graph.opset)
+    fresh = fresh_names(graph)
     placed: dict[int, list[Node]] = {}
     removed: set[int] = set()
-    for match in _matches(rule, scope, misses):
+    for match in _matches(rule, graph, scope, misses):
         if not context.apply(result, rule.name, match.root):
             break
-        placed[id(match.root)] = _replace(matcher, match, scope, fresh)
+        placed[id(match.root)] = _replace(matcher, match, graph.opset, fresh)
         removed.update(id(n) for n in match.nodes.values())
     result.near_misses.extend(NearMiss(rule.name, n.name, reason, module_of(n)) for n, reason in misses)
     if removed:
@@ -631,10 +626,10 @@ def _apply_in_scope(rule: Rewrite, graph: Graph, scope: Graph, context: Context,
         ]
 
 
-def _replace(matcher: Matcher, match: Match, scope: Graph, fresh: Callable[[str], str]) -> list[Node]:
+def _replace(matcher: Matcher, match: Match, opset: int, fresh: Callable[[str], str]) -> list[Node]:
     """Make the replacement; it takes over the tensors (and so the names) of what the pattern made."""
     root, roots, old = match.root, match.outputs, list(match.nodes.values())
-    builder = Builder(scope.opset, fresh, root.name)
+    builder = Builder(opset, fresh, root.name)
     made = matcher.rule.replace(builder, *matcher.arguments(match))
     merged = _merged_metadata(root, old)
     for node in old:
@@ -664,26 +659,6 @@ def _merged_metadata(root: Node, nodes: Sequence[Node]) -> dict[str, str]:
         leaf = ast.literal_eval(merged[key])[-1] if key in merged else ""
         merged[key] = repr(shared if shared and shared[-1] == leaf else [*shared, leaf])
     return merged
-
-
-def _fresh_names(graph: Graph) -> Callable[[str], str]:
-    taken: set[str] = set()
-    for scope in (graph, *graph.subgraphs(recursive=True)):
-        for node in scope.nodes:
-            taken.add(node.name)
-            taken.update(t.name for t in (*node.inputs, *node.outputs))
-        taken.update(t.name for t in (*scope.inputs, *scope.outputs))
-
-    def fresh(wanted: str) -> str:
-        name = wanted
-        for count in itertools.count(1):
-            if name not in taken:
-                break
-            name = f"{wanted}_{count}"
-        taken.add(name)
-        return name
-
-    return fresh
 
 
 def _drop_explained(result: PassResult) -> None:

@@ -1,0 +1,229 @@
+"""The command line: parses, calls, prints. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+INTERRUPTED = 130
+app = typer.Typer(
+    name="llmc",
+    help="Compile Hugging Face and ONNX models to TensorRT engines, and prove every step.",
+    epilog="Exit codes: 0 done, 2 bad input, 3 budget broken, 4 the target cannot build it, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes = typer.Typer(help="List, check and describe recipes.", no_args_is_help=True)
+app.add_typer(recipes, name="recipe")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="ONNX file, Hugging Face directory, or hub id.", show_default=False)
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from llmc.compiler.versions import llmc_version
+
+        typer.echo(f"llmc {llmc_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compile Hugging Face and ONNX models to TensorRT engines, and prove every step."""
+
+
+@app.command("compile")
+def compile_command(
+    model: Model,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe file, or the name of one that ships.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Artifact directory.  [default: build/RECIPE]")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="tensorrt, tensorrt-rtx, onnxruntime, onnx or auto, in place of the recipe's.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="Calibration data: folder of .npz, or text, one sample a line.")
+    ] = None,
+    verify_inputs: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="Verification data, as for --calibration.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Tokenizer for text data, where the model brings none.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, build nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output even if it is no artifact.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
+    stop_after_rewrite: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Do no rewrite after number N.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL as a recipe says, verify every pass, and leave an artifact with its report."""
+    from llmc.compiler.driver import compile as run_compile
+    from llmc.compiler.driver import plan, with_options
+    from llmc.compiler.recipe import Recipe
+
+    chosen = Recipe.load(recipe).with_settings(settings or [])
+    chosen = with_options(chosen, target=target, calibration=calibration, verify_inputs=verify_inputs)
+    with _progress() as progress:
+        if dry_run:
+            made = plan(model, chosen, tokenizer=tokenizer, offline=offline, progress=progress)
+        else:
+            report = run_compile(
+                model,
+                chosen,
+                output or Path("build") / chosen.name,
+                force=force,
+                tokenizer=tokenizer,
+                offline=offline,
+                stop_after_rewrite=stop_after_rewrite,
+                progress=progress,
+            )
+    if dry_run:
+        _print(made.summary(), as_json, lambda console: console.print_json(data=made.summary()))
+        return
+    from llmc.compiler.report.terminal import render
+
+    _print(report.model_dump(mode="json"), as_json, lambda console: render(report, console))
+    if not as_json:
+        typer.echo(f"\n{output or Path('build') / chosen.name}")
+
+
+@app.command("passes")
+def passes_command(
+    name: Annotated[str | None, typer.Argument(help="Key of a pass: describe it in full.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the passes, or describe one: what it does, how safe it is, its parameters."""
+    from llmc.compiler import catalogue
+
+    if name is None:
+        _print(catalogue.as_json(), as_json, catalogue.render_list)
+    else:
+        kind = catalogue.find(name)
+        _print(catalogue.describe(kind), as_json, lambda console: catalogue.render_pass(kind, console))
+
+
+@app.command("inspect")
+def inspect_command(
+    path: Annotated[Path, typer.Argument(metavar="MODEL|ENGINE|ARTIFACT", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Say what is in an ONNX model, an engine, or an artifact directory."""
+    from llmc.compiler.inspect import inspect, render
+
+    found = inspect(path)
+    _print(found.model_dump(mode="json"), as_json, lambda console: render(found, console))
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Say what this machine can build, and what to install for more."""
+    from llmc.compiler.doctor import examine, render
+
+    found = examine()
+    _print(found.model_dump(mode="json"), as_json, lambda console: render(found, console))
+
+
+@recipes.command("list")
+def recipe_list(as_json: Json = False) -> None:
+    """List the recipes that ship with llmc."""
+    from llmc.compiler.recipe import shipped
+
+    found = shipped()
+
+    def render(console: Any) -> None:
+        width = max(len(name) for name, _ in found)
+        for name, description in found:
+            console.print(f"{name:<{width}}  {description}", markup=False, highlight=False, soft_wrap=True)
+
+    _print([{"name": name, "description": description} for name, description in found], as_json, render)
+
+
+@recipes.command("check")
+def recipe_check(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that ships.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for compile.")] = None,
+) -> None:
+    """Check a recipe and print it as resolved, every default written out."""
+    from llmc.compiler.recipe import Recipe
+
+    checked = Recipe.load(recipe).with_settings(settings or [])
+    checked.check_data()
+    typer.echo(checked.resolved_yaml(), nl=False)
+
+
+@recipes.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from llmc.compiler.recipe.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _print(value: object, as_json: bool, render: Callable[[Any], None]) -> None:
+    if as_json:
+        typer.echo(json.dumps(value, indent=2))
+        return
+    from rich.console import Console
+
+    render(Console())
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what begins now on the error stream, where that is a terminal; quiet elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _phase: None
+        return
+    with console.status("starting") as status:
+        yield lambda phase: status.update(phase)
+
+
+def _interrupt(_number: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the command line: one message on the error stream for what the user can mend, a traceback for our bugs."""
+    from llmc.passes.errors import LlmcError, PassError
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except LlmcError as error:
+        _stop(str(error), error.exit_code)
+    except PassError as error:
+        _stop(str(error), LlmcError.exit_code)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            _stop("interrupted; nothing half-built was left behind", INTERRUPTED)
+        raise
+    raise AssertionError("typer ends the process by itself")
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)

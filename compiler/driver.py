@@ -1,0 +1,374 @@
+"""The main job, top to bottom: recipe → load → passes, each verified → target → report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmc.compiler import data, pipeline, versions
+from llmc.compiler.artifact import artifact, check_place, write_manifest
+from llmc.compiler.calibrate import SampledActivations
+from llmc.compiler.data import Samples
+from llmc.compiler.errors import BudgetError, LlmcError, TargetError
+from llmc.compiler.evidence import keep_evidence
+from llmc.compiler.load import Loaded, load
+from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles
+from llmc.compiler.recipe import Recipe
+from llmc.compiler.report import (
+    NearMissLine,
+    PassReport,
+    Report,
+    RewriteLine,
+    SourceReport,
+    TargetReport,
+    Timings,
+    Verification,
+    write,
+)
+from llmc.compiler.report.statistics import count_operators, graph_report, layer_precision, weights_by_dtype
+from llmc.compiler.session import Session
+from llmc.compiler.targets import BuildRequest, Built, Profile, Target, resolve
+from llmc.compiler.verify import Verifier, breaches
+from llmc.passes.base import Pass, PassResult
+from llmc.passes.graph import Graph, Structure, save_model, to_structure
+
+Progress = Callable[[str], None]
+"""Called with what begins now ('pass 3 of 7: fuse-gelu')."""
+WIDTHS = ("int4", "int8", "float8_e4m3fn", "bfloat16", "float16", "float32")
+"""dtypes from the narrowest: of two passes that ask something of one layer, the narrower one counts."""
+
+
+def _quiet(_phase: str) -> None:
+    return None
+
+
+@dataclass
+class Plan:
+    """A compile, checked as far as it can be without running it."""
+
+    recipe: Recipe
+    loaded: Loaded
+    profiles: list[Profile]
+    target: Target
+    verification: Samples
+    calibration: dict[str, Samples]
+    """Key of each pass that needs activations → the samples it gets."""
+    tokenizer: Path | None
+    warnings: list[str]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, object]:
+        """What would run, as plain values."""
+        loaded = self.loaded
+        return {
+            "source": {"kind": loaded.kind, "name": loaded.name, "task": loaded.task, "sha256": loaded.digest},
+            "nodes": len(loaded.graph.nodes),
+            "passes": [{step.key(): step.model_dump(mode="json")} for step in self.recipe.passes],
+            "profiles": [{name: [r.min, r.opt, r.max] for name, r in p.items()} for p in self.profiles],
+            "verification": {"inputs": self.verification.name, "samples": len(self.verification)},
+            "calibration": {key: {"inputs": s.name, "samples": len(s)} for key, s in self.calibration.items()},
+            "target": {"kind": self.target.kind, "versions": dict(self.target.versions)},
+            "warnings": [*loaded.notes, *self.warnings],
+        }
+
+
+@dataclass
+class Run:
+    """What a compile has found out so far; the report is made of it."""
+
+    plan: Plan
+    verifier: Verifier
+    steps: list[PassReport] = field(default_factory=list)
+    asked: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the seconds that the block takes to those of `step`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.plan.seconds[step] = self.plan.seconds.get(step, 0.0) + spent
+
+
+def with_options(
+    recipe: Recipe, *, target: str | None = None, calibration: Path | None = None, verify_inputs: Path | None = None
+) -> Recipe:
+    """The recipe with the command line's short forms of settings. Raises LlmcError where nothing would use one."""
+    if target is not None:
+        recipe = recipe.with_values({"target.kind": target}, "--target")
+    if verify_inputs is not None:
+        recipe = recipe.with_values({"verify.inputs": verify_inputs}, "--verify-inputs")
+    if calibration is not None:
+        keys = [step.key() for step in recipe.passes if hasattr(step, "calibration")]
+        if not keys:
+            raise LlmcError(f"--calibration: recipe '{recipe.name}' has no pass that calibrates")
+        recipe = recipe.with_values({f"passes.{key}.calibration.data": calibration for key in keys}, "--calibration")
+    return recipe
+
+
+def plan(
+    source: str,
+    recipe: Recipe | str | Path,
+    *,
+    tokenizer: Path | None = None,
+    offline: bool = False,
+    progress: Progress = _quiet,
+) -> Plan:
+    """Load everything that a compile needs and check all that can be checked without building. Raises LlmcError."""
+    started = time.perf_counter()
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    recipe.check_data()
+    target = resolve(recipe.target.kind)
+    progress("loading the model")
+    loaded = load(
+        source,
+        task=recipe.model.task,
+        opset=recipe.model.opset,
+        trust_remote_code=recipe.model.trust_remote_code,
+        offline=offline,
+        progress=progress,
+    )
+    declare_inputs(loaded.graph, recipe)
+    profiles, notes = resolve_profiles(loaded, recipe)
+    made = Plan(recipe, loaded, profiles, target, _no_samples(), {}, tokenizer or loaded.tokenizer, notes)
+    made.verification = _samples(made, recipe.verify.inputs, recipe.verify.samples, recipe.verify.seed)
+    for step in recipe.passes:
+        if "activations" in step.needs:
+            made.calibration[step.key()] = _calibration(made, step)
+    made.seconds["load"] = time.perf_counter() - started
+    return made
+
+
+def compile(  # noqa: A001 - the field's word for it, and the name of the public function
+    source: str,
+    recipe: Recipe | str | Path,
+    output: Path,
+    *,
+    force: bool = False,
+    tokenizer: Path | None = None,
+    offline: bool = False,
+    stop_after_rewrite: int | None = None,
+    progress: Progress = _quiet,
+) -> Report:
+    """Compile `source` as `recipe` says into the directory `output`, which is complete afterwards or absent.
+
+    Raises LlmcError for bad input, BudgetError where a step moved an output too far (the evidence is then in
+    `<output>.failed`), TargetError where the target cannot build the graph.
+    """
+    started = time.perf_counter()
+    check_place(output, force=force)
+    made = plan(source, recipe, tokenizer=tokenizer, offline=offline, progress=progress)
+    progress("running the source model")
+    run = Run(made, Verifier.against(made.loaded.reference or Session(made.loaded.graph).run, made.verification))
+    graph = made.loaded.graph
+    original = to_structure(graph)
+    _record_load(run, graph)
+    _run_passes(run, graph, original, output, stop_after_rewrite, progress)
+    with artifact(output, force=force) as folder:
+        model = folder / "model.onnx"
+        save_model(graph, model)
+        with run.timed("build"):
+            built = _build(made, graph, model, folder, progress)
+        report = _report(run, graph, _target_report(made, built, folder))
+        report.timings.total = time.perf_counter() - started
+        write(report, folder)
+        (folder / "recipe.yaml").write_text(made.recipe.resolved_yaml(), encoding="utf-8")
+        write_manifest(folder, _about(made))
+    return report
+
+
+# Samples
+
+
+def _no_samples() -> Samples:
+    return Samples("", "", True, 0, dict)
+
+
+def _samples(made: Plan, path: Path | None, count: int, seed: int) -> Samples:
+    """At most `count` samples from `path`, or as many generated ones; each fits a profile."""
+    graph = made.loaded.graph
+    if path is None:
+        return data.generate(
+            graph, generated_sizes(made.profiles[0]), vocabulary=made.loaded.vocabulary, seed=seed, count=count
+        )
+    longest = max((p["sequence"].max for p in made.profiles if "sequence" in p), default=None)
+    limits = [limit for limit in (longest, made.loaded.limits.get("sequence")) if limit is not None]
+    found = data.from_path(path, graph, made.tokenizer, min(limits, default=None)).first(count)
+    check_sizes(graph, found, made.profiles, str(path))
+    return found
+
+
+def _calibration(made: Plan, step: Pass) -> Samples:
+    """What the pass's own parameters name; where they name nothing, the verification samples."""
+    wanted = getattr(step, "calibration", None)
+    if wanted is None:
+        return made.verification
+    if wanted.data is None:
+        return _samples(made, None, wanted.samples, made.recipe.verify.seed)
+    return _samples(made, Path(wanted.data), wanted.samples, made.recipe.verify.seed)
+
+
+# Passes
+
+
+def _record_load(run: Run, graph: Graph) -> None:
+    """Step 0: the loaded graph against the source model, where the source can be run."""
+    pipeline.check_graph(graph, "the loader")
+    step = PassReport(index=0, key="load", nodes_after=count_operators(graph), weight_bytes_after=_bytes(graph))
+    run.steps.append(step)
+    if run.plan.loaded.reference is not None:
+        with run.timed("verify"):
+            step.numerics = run.verifier.measure(graph)
+
+
+def _run_passes(
+    run: Run, graph: Graph, original: Structure, output: Path, stop_after_rewrite: int | None, progress: Progress
+) -> None:
+    passes = run.plan.recipe.passes
+    activations: dict[str, SampledActivations] = {}
+
+    def provider(step: Pass) -> SampledActivations:
+        samples = run.plan.calibration[step.key()]
+        loud = samples.random and getattr(step, "calibration", None) is not None
+        activations[step.key()] = SampledActivations(samples, samples.name, random=loud)
+        return activations[step.key()]
+
+    def begin(index: int, step: Pass) -> None:
+        progress(f"pass {index} of {len(passes)}: {step.key()}")
+
+    every = run.plan.recipe.verify.mode == "every-pass"
+    for step in pipeline.run(graph, passes, provider, begin, stop_after_rewrite):
+        run.plan.seconds[f"{step.index} {step.key}"] = step.seconds
+        line = _pass_report(step, passes[step.index - 1])
+        run.steps.append(line)
+        _remember_precision(run, step.result)
+        if step.key in activations:
+            line.warnings += activations[step.key].warnings
+        if (every and step.result.rewrites) or (not every and step.index == len(passes)):
+            with run.timed("verify"):
+                line.numerics = run.verifier.measure(graph)
+            _judge(run, line, step, original, output)
+
+
+def _judge(run: Run, line: PassReport, step: pipeline.Step, original: Structure, output: Path) -> None:
+    """Compare a step's numerics with its budgets; stops the compile, evidence kept, where the recipe says so."""
+    recipe = run.plan.recipe
+    problems = breaches(line.numerics, recipe.verify.limits(step.key))
+    if not problems:
+        return
+    if recipe.verify.on_failure == "warn":
+        line.warnings += problems
+        return
+    line.status, line.reason = "over budget", "; ".join(problems)
+    evidence = output.with_name(f"{output.name}.failed")
+    report = _report(run, step.graph, None)
+    command = keep_evidence(evidence, recipe, step, original, run.plan.verification, report)
+    raise BudgetError(
+        f"pass {step.index}, {step.key}, broke the budget: {line.reason}.\n"
+        f"The graphs before and after it are in {evidence / 'repro'}; to see it again:\n  {command}"
+    )
+
+
+def _remember_precision(run: Run, result: PassResult) -> None:
+    for node, dtype in result.asked.items():
+        before = run.asked.get(node)
+        if before not in WIDTHS or WIDTHS.index(dtype) < WIDTHS.index(before):
+            run.asked[node] = dtype
+    run.kept.update(result.kept)
+
+
+def _pass_report(step: pipeline.Step, parameters: Pass) -> PassReport:
+    result = step.result
+    return PassReport(
+        index=step.index,
+        key=step.key,
+        status="skipped" if step.skipped else "done",
+        reason=step.skipped,
+        parameters=parameters.model_dump(mode="json"),
+        nodes_before=step.operators_before,
+        nodes_after=count_operators(step.graph),
+        weight_bytes_after=_bytes(step.graph),
+        rewrites=[RewriteLine(**vars(rewrite)) for rewrite in result.rewrites],
+        near_misses=[NearMissLine(**vars(miss)) for miss in result.near_misses],
+        kept=result.kept,
+        warnings=list(result.warnings),
+    )
+
+
+def _bytes(graph: Graph) -> int:
+    return sum(weights.bytes for weights in weights_by_dtype(graph).values())
+
+
+# Target and report
+
+
+def _build(made: Plan, graph: Graph, model: Path, folder: Path, progress: Progress) -> Built:
+    """Check, then build; every reason against it in one TargetError."""
+    request = BuildRequest(made.profiles, made.recipe.target.compute_capabilities, made.recipe.target.workspace)
+    progress(f"checking for {made.target.kind}")
+    problems = made.target.check(graph, request)
+    if problems:
+        raise TargetError("\n".join(problems))
+    return made.target.build(model, folder, request, progress)
+
+
+def _target_report(made: Plan, built: Built, folder: Path) -> TargetReport:
+    return TargetReport(
+        kind=made.target.kind,
+        files={path.name: path.stat().st_size for path in sorted({folder / "model.onnx", *built.files})},
+        facts=built.facts,
+        profiles=[{name: (r.min, r.opt, r.max) for name, r in profile.items()} for profile in made.profiles],
+        layers=built.layers,
+        warnings=built.warnings,
+    )
+
+
+def _report(run: Run, graph: Graph, target: TargetReport | None) -> Report:
+    made, loaded = run.plan, run.plan.loaded
+    best = {name: sizes.opt for name, sizes in made.profiles[0].items()}
+    precision = layer_precision(graph, run.asked, run.kept)
+    fallen = [layer for layer in precision if layer.asked != layer.found and not layer.reason]
+    warnings = [*loaded.notes, *made.warnings]
+    warnings += [f"{layer.op} '{layer.node}' was asked to be {layer.asked}, found {layer.found}" for layer in fallen]
+    return Report(
+        llmc=versions.llmc_version(),
+        status="over budget" if any(step.status == "over budget" for step in run.steps) else "done",
+        source=SourceReport(
+            kind=loaded.kind, name=loaded.name, sha256=loaded.digest, task=loaded.task, exporter=loaded.exporter
+        ),
+        recipe=made.recipe.name,
+        passes=run.steps,
+        graph=graph_report(graph, best),
+        precision=precision,
+        verification=Verification(
+            reference="torch" if loaded.reference is not None else "the loaded graph",
+            inputs=made.verification.name,
+            samples=len(made.verification),
+            budgets=made.recipe.verify.limits(),
+        ),
+        target=target,
+        warnings=warnings,
+        versions=versions.collect(loaded.kind, made.target.versions),
+        timings=Timings(total=0.0, steps=made.seconds),
+    )
+
+
+def _about(made: Plan) -> dict[str, object]:
+    """What the manifest says beside the digests of the artifact's files."""
+    return {
+        "llmc": versions.llmc_version(),
+        "source": {"name": made.loaded.name, "sha256": made.loaded.digest},
+        "recipe": {"name": made.recipe.name, "sha256": made.recipe.digest()},
+        "verification": {"name": made.verification.name, "sha256": made.verification.digest},
+        "calibration": {key: {"name": s.name, "sha256": s.digest} for key, s in made.calibration.items()},
+        "versions": versions.collect(made.loaded.kind, made.target.versions),
+    }
+
+
+__all__ = ["LlmcError", "Plan", "compile", "plan"]

@@ -1,0 +1,119 @@
+"""Sizes of symbolic dimensions: what the recipe says, what the model allows, what samples have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from llmc.compiler.errors import LlmcError
+from llmc.compiler.load import Feeds, Loaded
+from llmc.compiler.recipe import Recipe
+from llmc.compiler.recipe.errors import suggestion
+from llmc.compiler.targets import Profile, Range
+from llmc.passes.graph import Graph
+
+BATCH = Range(1, 1, 8)
+"""Of a dimension whose name says batch, where the recipe gives no sizes."""
+OTHER = Range(1, 128, 512)
+"""Of any other, cut to what the model allows."""
+
+
+def declare_inputs(graph: Graph, recipe: Recipe) -> None:
+    """Give the graph's inputs the dimensions that `model.inputs` of the recipe declares. Raises LlmcError."""
+    known = {tensor.name: tensor for tensor in graph.inputs}
+    for name, dimensions in recipe.model.inputs.items():
+        tensor = known.get(name)
+        if tensor is None:
+            raise LlmcError(f"{recipe.where('model', 'inputs', name)}: the model has no input '{name}'{suggestion(name, known)}")
+        if tensor.shape is not None and len(tensor.shape) != len(dimensions):
+            raise LlmcError(
+                f"{recipe.where('model', 'inputs', name)}: input '{name}' has {len(tensor.shape)} dimensions "
+                f"{list(tensor.shape)}, the recipe gives {len(dimensions)}"
+            )
+        for index, (old, new) in enumerate(zip(tensor.shape or dimensions, dimensions, strict=True)):
+            if isinstance(old, int) and old != new:
+                raise LlmcError(
+                    f"{recipe.where('model', 'inputs', name)}: dimension {index} of input '{name}' is fixed at {old}"
+                )
+        tensor.shape = list(dimensions)
+
+
+def symbolic_dimensions(graph: Graph) -> list[str]:
+    """Names of the symbolic dimensions of the graph's inputs, in order. Raises LlmcError for a dimension without one."""
+    names: dict[str, None] = {}
+    for tensor in graph.inputs:
+        if tensor.shape is None:
+            raise LlmcError(f"input '{tensor.name}' has no shape; give it one under model.inputs in the recipe")
+        for index, size in enumerate(tensor.shape):
+            if size is None:
+                raise LlmcError(
+                    f"dimension {index} of input '{tensor.name}' has neither size nor name; "
+                    "name it under model.inputs in the recipe"
+                )
+            if isinstance(size, str):
+                names[size] = None
+    return list(names)
+
+
+def resolve_profiles(loaded: Loaded, recipe: Recipe) -> tuple[list[Profile], list[str]]:
+    """The optimization profiles over exactly the model's dimensions, and a note for each size that was assumed.
+
+    Raises LlmcError for a dimension that the model does not have, or a size that it does not allow.
+    """
+    names = symbolic_dimensions(loaded.graph)
+    profiles, notes = [], {}
+    for given in recipe.profiles:
+        for name, sizes in given.items():
+            place = recipe.where("model", "dimensions", name)
+            if name not in names:
+                raise LlmcError(f"{place}: the model has no dimension '{name}'{suggestion(name, names)}")
+            limit = loaded.limits.get(name)
+            if limit is not None and sizes.max > limit:
+                raise LlmcError(f"{place}: '{name}' goes up to {sizes.max}, the model allows at most {limit}")
+        profile = {}
+        for name in names:
+            profile[name] = given[name] if name in given else _assumed(name, loaded.limits)
+            if name not in given:
+                sizes = profile[name]
+                notes[f"the recipe gives no sizes for '{name}': built for {sizes.min} to {sizes.max}, best at {sizes.opt}"] = None
+        profiles.append(profile)
+    return profiles, list(notes)
+
+
+def check_sizes(graph: Graph, samples: Iterable[Feeds], profiles: Sequence[Profile], origin: str) -> None:
+    """Raises LlmcError for a sample that no profile covers."""
+    for number, sample in enumerate(samples, start=1):
+        sizes = sizes_of(graph, sample)
+        problems = [
+            f"'{name}' is {size}, the profile goes from {profile[name].min} to {profile[name].max}"
+            for profile in profiles
+            for name, size in sizes.items()
+            if not profile[name].min <= size <= profile[name].max
+        ]
+        covered = any(
+            all(p[name].min <= size <= p[name].max for name, size in sizes.items()) for p in profiles
+        )
+        if not covered:
+            raise LlmcError(f"{origin}, sample {number}: {problems[0]}; change model.dimensions in the recipe")
+
+
+def sizes_of(graph: Graph, sample: Feeds) -> dict[str, int]:
+    """Symbolic dimension → the size that it has in `sample`. Raises LlmcError where inputs disagree."""
+    sizes: dict[str, int] = {}
+    for tensor in graph.inputs:
+        for name, size in zip(tensor.shape, sample[tensor.name].shape, strict=True):
+            if isinstance(name, str) and sizes.setdefault(name, size) != size:
+                raise LlmcError(f"'{name}' is {sizes[name]} in one input and {size} in '{tensor.name}'")
+    return sizes
+
+
+def generated_sizes(profile: Profile) -> list[dict[str, int]]:
+    """Sizes for generated samples: the profile's optimum, and its least."""
+    return [{name: sizes.opt for name, sizes in profile.items()}, {name: sizes.min for name, sizes in profile.items()}]
+
+
+def _assumed(name: str, limits: Mapping[str, int]) -> Range:
+    if "batch" in name.lower():
+        return BATCH
+    limit = limits.get(name, OTHER.max)
+    return Range(OTHER.min, min(OTHER.opt, limit), min(OTHER.max, limit))
+
