@@ -8,9 +8,10 @@ on graphsurgeon's classes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,14 +21,13 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx.inliner
-import onnx_graphsurgeon as gs
+from onnx_graphsurgeon import Constant as Constant
+from onnx_graphsurgeon import Graph as Graph
+from onnx_graphsurgeon import Node as Node
+from onnx_graphsurgeon import Tensor as Tensor
+from onnx_graphsurgeon import Variable as Variable
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-Graph = gs.Graph
-Node = gs.Node
-Tensor = gs.Tensor
-Variable = gs.Variable
-Constant = gs.Constant
 Array = np.ndarray[Any, np.dtype[Any]]
 Shape = tuple[int | str | None, ...]
 
@@ -75,6 +75,20 @@ class Weights(LazyValues):  # type: ignore[misc]  # graphsurgeon has no types
         if self.onnx_dtype in FOUR_BIT:
             return unpack_four_bit(raw, self.dtype, self.shape)
         return raw.view(self.dtype).reshape(self.shape)
+
+
+class Derived(Weights):
+    """Values made from other values each time they are asked for: a large result takes no memory while nobody reads it.
+
+    `make` gives an array of this type and shape, and the same one every time.
+    """
+
+    def __init__(self, onnx_dtype: int, shape: tuple[int, ...], make: Callable[[], Array]) -> None:
+        super().__init__(onnx_dtype, shape, onnx.TensorProto())
+        self.make = make
+
+    def load(self) -> Array:
+        return self.make()
 
 
 @dataclass(frozen=True)
@@ -513,9 +527,86 @@ def _opset_imports(graph: Graph) -> list[onnx.OperatorSetIdProto]:
 # Questions about a graph
 
 
+def scopes(graph: Graph) -> list[Graph]:
+    """The graph and its subgraphs, outer ones before inner ones."""
+    return [graph, *graph.subgraphs(recursive=True)]
+
+
+def outputs_of_scopes(graph: Graph) -> set[int]:
+    """The ids of the tensors that the graph or a subgraph gives back."""
+    return {id(tensor) for scope in scopes(graph) for tensor in scope.outputs}
+
+
+def load_values(constant: Constant) -> Array:
+    """The values; unlike `Constant.values` it does not make the constant hold them in memory from then on."""
+    values = constant._values
+    return cast(Array, values.load() if isinstance(values, Weights) else values)
+
+
+def to_node(node: Node) -> onnx.NodeProto:
+    """The node alone, as ONNX writes it."""
+    return _export_node(node, {}, 1 << 62)
+
+
+def fresh_names(graph: Graph) -> Callable[[str], str]:
+    """A function that makes names for nodes and tensors which nothing in the graph or its subgraphs has yet."""
+    taken: set[str] = set()
+    for scope in scopes(graph):
+        taken.update(t.name for t in (*scope.inputs, *scope.outputs))
+        for node in scope.nodes:
+            taken.update((node.name, *(t.name for t in (*node.inputs, *node.outputs))))
+
+    def fresh(wanted: str) -> str:
+        numbered = (f"{wanted}_{i}" for i in itertools.count(1))
+        name = next(n for n in itertools.chain([wanted], numbered) if n not in taken)
+        taken.add(name)
+        return name
+
+    return fresh
+
+
+def replace_uses(old: Tensor, new: Tensor) -> None:
+    """Let every node that reads `old` read `new`; outputs of graphs stay. Linear in the number of uses."""
+    users = {id(node): node for node in old.outputs}
+    list.clear(old.outputs)
+    for node in users.values():
+        for index, tensor in enumerate(node.inputs):
+            if tensor is old:
+                list.__setitem__(node.inputs, index, new)
+                list.append(new.outputs, node)
+
+
+def remove_nodes(scope: Graph, nodes: Iterable[Node]) -> None:
+    """Take nodes, with their subgraphs, out of one scope. Linear in the scope and in what the nodes touch."""
+    gone: dict[int, Node] = {}
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        gone[id(node)] = node
+        pending.extend(inner for subgraph in node.subgraphs() for inner in subgraph.nodes)
+    touched = {id(t): t for node in gone.values() for t in (*node.inputs, *node.outputs)}
+    for tensor in touched.values():
+        for edges in (tensor.inputs, tensor.outputs):
+            list.__setitem__(edges, slice(None), [n for n in edges if id(n) not in gone])
+    for node in gone.values():
+        list.clear(node.inputs)
+        list.clear(node.outputs)
+    scope.nodes = [node for node in scope.nodes if id(node) not in gone]
+
+
 def copy_graph(graph: Graph) -> Graph:
     """An independent copy that shares the values of constants."""
     return from_structure(to_structure(graph))
+
+
+def constant_source(tensor: Tensor) -> Constant | None:
+    """The constant that a tensor is, or is an Identity or Cast of; None for any other tensor. Loads nothing."""
+    while not isinstance(tensor, Constant):
+        producer = tensor.inputs[0] if tensor.inputs else None
+        if producer is None or producer.domain or producer.op not in ("Identity", "Cast"):
+            return None
+        tensor = producer.inputs[0]
+    return tensor
 
 
 def constant_value(tensor: Tensor) -> Array | None:

@@ -86,6 +86,7 @@ def test_rule_keeps_the_numbers(
         graph = build(rule, choice, dtype, opset, seed, symbolic)
         before = Session(graph).run(random_feeds(graph, seed))
         fused = copy_graph(graph)
+        infer_shapes(fused)
         result = PassResult()
         apply_rule(rule, fused, Context(), result)
         assert len(result.rewrites) == 1, [m.reason for m in result.near_misses]

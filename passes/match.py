@@ -1,0 +1,326 @@
+"""Finds where a rule fits, and remembers the first thing that stopped it where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx
+
+from llmc.passes.graph import Array, Constant, Graph, Node, Tensor, constant_source, constant_value
+from llmc.passes.pattern import (
+    ATTRIBUTE_BECAME_INPUT,
+    Either,
+    Operator,
+    Output,
+    Parameter,
+    Rest,
+    Rewrite,
+    Scalar,
+    Value,
+    Weight,
+)
+
+COMMUTATIVE = {"Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"}
+RELATIVE_TOLERANCE = 1e-3
+"""Constants match within this: FP16 has 11 bits, so a rounded constant is off by at most 2^-11 = 4.9e-4."""
+
+
+@dataclass
+class Match:
+    """Where a rule fits: what each parameter is bound to, and the nodes that the pattern covers."""
+
+    bindings: dict[str, Any] = field(default_factory=dict)
+    nodes: dict[int, Node] = field(default_factory=dict)
+    """id of the pattern's operator → node."""
+    roots: tuple[Output, ...] = ()
+    """The values of the pattern, as this match has them."""
+
+    @property
+    def root(self) -> Node:
+        """The node that makes the pattern's first value."""
+        return self.nodes[id(self.roots[0].operator)]
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors that a replacement must make, in the order of the pattern's values."""
+        return [self.nodes[id(r.operator)].outputs[r.index] for r in self.roots]
+
+
+@dataclass
+class Failure:
+    """The first thing that stopped the attempt that got furthest."""
+
+    depth: int = -1
+    reason: Callable[[], str] = str
+
+    def note(self, depth: int, reason: Callable[[], str]) -> None:
+        if depth > self.depth:
+            self.depth, self.reason = depth, reason
+
+
+class Matcher:
+    """Tries one rule at nodes of one scope (a graph, or a subgraph)."""
+
+    def __init__(self, rule: Rewrite, scope: Graph, opset: int) -> None:
+        self.rule = rule
+        self.defaults = {id(o): _defaults(o.op, o.domain, opset) for o in rule.operators}
+        self.outputs = {id(t) for t in scope.outputs}
+        self.failure = Failure()
+
+    def at(self, node: Node) -> Match | None:
+        """The match whose first root is `node`; None, with the reason in `failure`."""
+        self.failure = Failure()
+        for match in self._roots(node):
+            problem = self._escape(match) or self._refusal(match)
+            if problem is None:
+                return match
+            self.failure.note(1 << 20, lambda problem=problem: problem)  # type: ignore[misc]
+        return None
+
+    def _roots(self, node: Node) -> Iterator[Match]:
+        for roots in self.rule.roots:
+            for match in self._operator(roots[0].operator, node, Match()):
+                for whole in self._others(roots[1:], match):
+                    yield Match(whole.bindings, whole.nodes, roots)
+
+    def _others(self, roots: Sequence[Output], match: Match) -> Iterator[Match]:
+        """Matches that cover the further values of the pattern too: each reads something that is bound already."""
+        if not roots:
+            yield match
+        elif id(roots[0].operator) in match.nodes:
+            yield from self._others(roots[1:], match)
+        else:
+            operator = roots[0].operator
+            shared = next((t for t in (_bound(value, match) for value in operator.inputs) if t is not None), None)
+            for user in _distinct(shared.outputs if shared is not None else []):
+                for wider in self._operator(operator, user, match):
+                    yield from self._others(roots[1:], wider)
+
+    def _refusal(self, match: Match) -> str | None:
+        return self.rule.check(*self.arguments(match))
+
+    def arguments(self, match: Match) -> list[Any]:
+        """What `check` and `replace` get for the pattern's parameters."""
+        given = []
+        for parameter in self.rule.parameters:
+            value = match.bindings.get(parameter.name)
+            given.append(float(value.reshape(-1)[0]) if parameter.kind is Scalar and value is not None else value)
+        return given
+
+    def refused(self, node: Node) -> str:
+        """Why there is no match at `node`."""
+        return "another match covers it" if self.at(node) is not None else self.failure.reason()
+
+    def _escape(self, match: Match) -> str | None:
+        inside = {id(node) for node in match.nodes.values()}
+        roots = {id(t) for t in match.outputs}
+        for node in match.nodes.values():
+            for tensor in node.outputs:
+                if id(tensor) in roots:
+                    continue
+                if id(tensor) in self.outputs:
+                    return f"'{tensor.name}', inside the pattern, is an output of the graph"
+                user = next((n for n in tensor.outputs if id(n) not in inside), None)
+                if user is not None:
+                    return f"'{tensor.name}', inside the pattern, is also used by {called(user)}"
+        return None
+
+    def _value(self, value: Value | None, tensor: Tensor | None, match: Match, depth: int) -> Iterator[Match]:
+        """Every way in which `tensor` can be `value`, given what `match` has bound."""
+        if isinstance(value, Either):
+            for option in value.options:
+                yield from self._value(option, tensor, match, depth)
+        elif value is None or tensor is None or tensor.is_empty():
+            if value is None and (tensor is None or tensor.is_empty()):
+                yield match
+            else:
+                self.failure.note(depth, lambda: "an optional input is there that must not be, or is missing")
+        elif isinstance(value, Parameter):
+            yield from self._parameter(value, tensor, match, depth)
+        elif isinstance(value, Output):
+            producer = tensor.inputs[0] if tensor.inputs else None
+            if producer is None or not _is(producer, value.operator):
+                source = f"comes from {called(producer)}" if producer is not None else f"is {_origin(tensor)}"
+                self.failure.note(depth, lambda: f"'{tensor.name}' {source}, where {value.operator.op} is needed")
+            elif position(producer, tensor) == value.index:
+                yield from self._operator(value.operator, producer, match, depth)
+        else:
+            yield from self._number(value, tensor, match, depth)
+
+    def _parameter(self, parameter: Parameter, tensor: Tensor, match: Match, depth: int) -> Iterator[Match]:
+        bound = match.bindings.get(parameter.name)
+        if parameter.kind is Scalar:
+            value = _single(tensor)
+            if value is None:
+                self.failure.note(
+                    depth, lambda: f"'{tensor.name}' is {_kind(tensor)}, where a constant number is needed"
+                )
+            elif bound is None or np.array_equal(bound, value):
+                yield Match({**match.bindings, parameter.name: value}, match.nodes)
+        elif parameter.kind is Weight and constant_source(tensor) is None:
+            self.failure.note(depth, lambda: f"'{tensor.name}' is not a constant")
+        elif bound is None:
+            yield Match({**match.bindings, parameter.name: tensor}, match.nodes)
+        elif bound is tensor:
+            yield match
+        else:
+            self.failure.note(
+                depth, lambda: f"'{tensor.name}' stands where '{bound.name}' must stand again ({parameter.name})"
+            )
+
+    def _number(self, number: float, tensor: Tensor, match: Match, depth: int) -> Iterator[Match]:
+        value = _single(tensor)
+        if value is None:
+            self.failure.note(depth, lambda: f"'{tensor.name}' is {_kind(tensor)}, where {number:.6g} is needed")
+            return
+        found = float(value.reshape(-1)[0])
+        if abs(found - number) <= RELATIVE_TOLERANCE * abs(number):
+            yield match
+        else:
+            self.failure.note(depth, lambda: f"'{tensor.name}' is {found:.6g}, {self.rule.name} needs {number:.6g}")
+
+    def _operator(self, pattern: Operator, node: Node, match: Match, depth: int = 0) -> Iterator[Match]:
+        bound = match.nodes.get(id(pattern))
+        if bound is not None:
+            if bound is node:
+                yield match
+            else:
+                self.failure.note(depth, lambda: f"{called(node)} stands where {called(bound)} must stand again")
+            return
+        if not _is(node, pattern):
+            self.failure.note(depth, lambda: f"{called(node)} stands where {pattern.op} is needed")
+            return
+        attributes = self._attributes(pattern, node, match.bindings, depth)
+        if attributes is None:
+            return
+        inputs = _data_inputs(pattern, node)
+        deeper = Match(attributes, {**match.nodes, id(pattern): node})
+        if pattern.inputs and isinstance(pattern.inputs[-1], Parameter) and pattern.inputs[-1].kind is Rest:
+            yield from self._inputs(pattern.inputs, inputs, deeper, len(deeper.nodes))
+            return
+        width = max(len(inputs), len(pattern.inputs))
+        wanted = [*pattern.inputs, *[None] * (width - len(pattern.inputs))]
+        given = [*inputs, *[None] * (width - len(inputs))]
+        orders = [given]
+        if pattern.op in COMMUTATIVE and width == 2:
+            orders.append(given[::-1])
+        for order in orders:
+            yield from self._inputs(wanted, order, deeper, len(deeper.nodes))
+
+    def _inputs(
+        self, wanted: Sequence[Value | None], given: Sequence[Tensor | None], match: Match, depth: int
+    ) -> Iterator[Match]:
+        if not wanted:
+            yield match
+            return
+        if isinstance(wanted[0], Parameter) and wanted[0].kind is Rest:
+            yield Match({**match.bindings, wanted[0].name: list(given)}, match.nodes)
+            return
+        for partial in self._value(wanted[0], given[0], match, depth):
+            yield from self._inputs(wanted[1:], given[1:], partial, max(depth, len(partial.nodes)))
+
+    def _attributes(self, pattern: Operator, node: Node, bindings: dict[str, Any], depth: int) -> dict[str, Any] | None:
+        """The bindings with this node's attributes, None where one of them is not what the pattern says."""
+        bound = dict(bindings)
+        defaults = self.defaults[id(pattern)]
+        for name in {*pattern.attributes, *node.attrs, *defaults}:
+            found = attribute(node, name, defaults.get(name))
+            wanted = pattern.attributes.get(name, defaults.get(name))
+            if isinstance(wanted, Parameter):
+                if wanted.name in bound and bound[wanted.name] != found:
+                    expected = bound[wanted.name]
+                    self.failure.note(
+                        depth,
+                        lambda n=name, f=found, e=expected: f"{called(node)} has {n} {f}, elsewhere {e}",  # type: ignore[misc]
+                    )
+                    return None
+                bound[wanted.name] = found
+            elif found != wanted:
+                self.failure.note(
+                    depth,
+                    lambda n=name, f=found, w=wanted: f"{called(node)} has {n} {f}, {self.rule.name} needs {w}",  # type: ignore[misc]
+                )
+                return None
+        return bound
+
+
+def attribute(node: Node, name: str, default: object = None) -> Any:
+    """An attribute's value, also where newer opsets made it an input; None where that input is no constant."""
+    if name in node.attrs:
+        return node.attrs[name]
+    position, _ = ATTRIBUTE_BECAME_INPUT.get(node.op, {}).get(name, (0, 0))
+    if position and len(node.inputs) > position and not node.inputs[position].is_empty():
+        value = constant_value(node.inputs[position])
+        return None if value is None else value.tolist()
+    return default
+
+
+def _data_inputs(pattern: Operator, node: Node) -> list[Tensor]:
+    """The node's inputs without those that the pattern names as attributes."""
+    named = {ATTRIBUTE_BECAME_INPUT.get(node.op, {}).get(name, (0, 0))[0] for name in pattern.attributes} - {0}
+    inputs = [t for i, t in enumerate(node.inputs) if i not in named]
+    while inputs and inputs[-1].is_empty():
+        inputs.pop()
+    return inputs
+
+
+def _defaults(op: str, domain: str, opset: int) -> dict[str, object]:
+    try:
+        schema = onnx.defs.get_schema(op, max_inclusive_version=opset, domain=domain)
+    except onnx.defs.SchemaError:
+        return {}
+    values = {}
+    for name, definition in schema.attributes.items():
+        if definition.default_value.name:
+            value = onnx.helper.get_attribute_value(definition.default_value)
+            values[name] = value.decode() if isinstance(value, bytes) else value
+    return values
+
+
+def position(node: Node, tensor: Tensor) -> int:
+    return next(i for i, t in enumerate(node.outputs) if t is tensor)
+
+
+def called(node: Node) -> str:
+    return f"{node.op} '{node.name or node.outputs[0].name}'"
+
+
+def _origin(tensor: Tensor) -> str:
+    return "a constant" if isinstance(tensor, Constant) else "an input of the graph"
+
+
+def _kind(tensor: Tensor) -> str:
+    source = constant_source(tensor)
+    return "not a constant" if source is None else f"a constant of shape {list(source.shape)}"
+
+
+def _single(tensor: Tensor) -> Array | None:
+    """The value of a constant with one element, as float64; None for any other tensor. Loads nothing larger."""
+    source = constant_source(tensor)
+    if source is None or prod(source.shape) != 1:
+        return None
+    value = constant_value(tensor)
+    return None if value is None or value.dtype.kind not in "fiuV" else value.astype(np.float64)
+
+
+def _is(node: Node, pattern: Operator) -> bool:
+    domain = node.domain if node.domain not in (None, "ai.onnx") else ""
+    return bool(node.op == pattern.op and domain == pattern.domain)
+
+
+def _bound(value: Value | None, match: Match) -> Tensor | None:
+    """The tensor that `value` is in this match, where it is known."""
+    if isinstance(value, Parameter):
+        found = match.bindings.get(value.name)
+        return found if isinstance(found, Tensor) else None
+    if isinstance(value, Output) and id(value.operator) in match.nodes:
+        return match.nodes[id(value.operator)].outputs[value.index]
+    return None
+
+
+def _distinct(nodes: Sequence[Node]) -> list[Node]:
+    return list({id(node): node for node in nodes}.values())

@@ -1,0 +1,267 @@
+"""The pattern language of `passes/rewrite.py`: what its functions are called with, and what they make."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+
+from llmc.passes.graph import Array, Constant, Node, Tensor, Variable
+
+ATTRIBUTE_BECAME_INPUT: dict[str, dict[str, tuple[int, int]]] = {
+    **{
+        f"Reduce{kind}": {"axes": (1, 18)} for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod")
+    },
+    "ReduceSum": {"axes": (1, 13)},
+    "Squeeze": {"axes": (1, 13)},
+    "Unsqueeze": {"axes": (1, 13)},
+    "Clip": {"min": (1, 11), "max": (2, 11)},
+    "Pad": {"pads": (1, 11)},
+    "Slice": {"starts": (1, 10), "ends": (2, 10), "axes": (3, 10)},
+    "Split": {"split": (1, 13)},
+    "TopK": {"k": (1, 10)},
+}
+"""Operator → attribute → (input position, opset from which it is an input). Patterns name it as an attribute always."""
+
+
+class Weight:
+    """Annotation: the parameter is a constant of any shape."""
+
+
+class Scalar:
+    """Annotation: the parameter is a constant with one element; `check` and `replace` get a float."""
+
+
+class Attribute:
+    """Annotation: the parameter is the value of an attribute."""
+
+
+class Rest:
+    """Annotation: the parameter is the list of all inputs from this one on."""
+
+
+KINDS = {kind.__name__: kind for kind in (Weight, Scalar, Attribute, Rest)}
+
+
+# What a pattern is made of
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    name: str
+    kind: type | None
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    op: str
+    domain: str
+    inputs: tuple[Value | None, ...]
+    attributes: dict[str, object]
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    operator: Operator
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Either:
+    options: tuple[Value | None, ...]
+
+
+Value = Parameter | Output | Either | float | int
+
+
+class Tracer:
+    """`op` while a pattern is read: every call makes a piece of the pattern."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*inputs: Value | None, outputs: int = 1, domain: str = "", **attributes: object) -> Any:
+            made = Operator(name, domain, inputs, attributes)
+            values = tuple(Output(made, i) for i in range(outputs))
+            return values[0] if outputs == 1 else values
+
+        return call
+
+    def either(self, *options: Value | None) -> Value:
+        """Any of the options."""
+        return Either(options)
+
+    def optional(self, value: Value) -> Value:
+        """The value, or an input that is left out; parameters in it are None then."""
+        return self.either(value, None)
+
+
+class Builder:
+    """`op` while nodes are made: in a replacement, or in an example that is built from a pattern.
+
+    Numbers become constants of the type of the first tensor input. `choose` says which option of each `either` to
+    take, in the order of the calls (examples only).
+    """
+
+    def __init__(
+        self, opset: int, fresh: Callable[[str], str], scope: str, choose: Sequence[int] | None = None
+    ) -> None:
+        self._opset, self._fresh, self._scope = opset, fresh, scope
+        self._choices = iter(choose) if choose is not None else None
+        self.nodes: list[Node] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*wanted: Any, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+            inputs = [i for w in wanted for i in (w if isinstance(w, list | tuple) else (w,))]
+            like = next((i.dtype for i in inputs if isinstance(i, Tensor) and i.dtype is not None), np.float32)
+            given = [self._tensor(i, like) for i in inputs]
+            kept: dict[str, Any] = {}
+            for key, value in attributes.items():
+                position, since = ATTRIBUTE_BECAME_INPUT.get(name, {}).get(key, (0, 1 << 30))
+                if self._opset < since:
+                    kept[key] = value
+                    continue
+                given.extend(Variable.empty() for _ in range(position + 1 - len(given)))
+                given[position] = self._tensor(np.asarray(value), np.int64)
+            node_name = self._fresh(f"{self._scope}.{name}" if self._scope else name)
+            made = [Variable(self._fresh(f"{node_name}_out"), dtype=like) for _ in range(outputs)]
+            while given and given[-1].is_empty():
+                given.pop()
+            self.nodes.append(Node(name, node_name, kept, given, made, domain or None))
+            return made[0] if outputs == 1 else tuple(made)
+
+        return call
+
+    def either(self, *options: Any) -> Any:
+        if self._choices is None:
+            raise TypeError("`either` belongs into patterns: a replacement is one thing")
+        return options[next(self._choices)]
+
+    def optional(self, value: Any) -> Any:
+        return self.either(value, None)
+
+    def _tensor(self, value: Tensor | Array | float | None, like: Any) -> Tensor:
+        if value is None:
+            return Variable.empty()
+        if isinstance(value, Tensor):
+            return value
+        array = value if isinstance(value, np.ndarray) else np.asarray(value, dtype=like)
+        return Constant(self._fresh(f"{self._scope}.constant" if self._scope else "constant"), array)
+
+
+# Rules
+
+
+class Rewrite(ABC):
+    """One rule. `opset` is the lowest that has every operator of `replace`."""
+
+    opset: ClassVar[int] = 1
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
+    """Floating types that the rule is proved in."""
+
+    @abstractmethod
+    def pattern(self, op: Any, *parameters: Any) -> Any:
+        """What stands there: the value (or tuple of values) that the pattern makes."""
+
+    @abstractmethod
+    def replace(self, op: Any, *parameters: Any) -> Any:
+        """What shall stand there: as many values as the pattern makes."""
+
+    def check(self, *parameters: Any) -> str | None:  # noqa: ARG002 - what subclasses name
+        """Why this match must be left alone, or None. Gets what `replace` gets."""
+        return None
+
+    def example(self, rng: np.random.Generator) -> dict[str, Any]:
+        """Parameters of a graph that shows the pattern: name → shape of a tensor or weight, number, or attribute."""
+        rank = int(rng.integers(2, 5))
+        shape = tuple(int(n) for n in rng.integers(2, 6, rank))
+        return {p.name: shape for p in self.parameters}
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        signature = list(inspect.signature(self.pattern).parameters.values())[1:]
+        return tuple(Parameter(p.name, KINDS.get(str(p.annotation).rpartition(".")[2])) for p in signature)
+
+    @cached_property
+    def values(self) -> tuple[Value, ...]:
+        """The values that the pattern makes."""
+        made = self.pattern(Tracer(), *self.parameters)
+        return made if isinstance(made, tuple) else (made,)
+
+    @cached_property
+    def roots(self) -> tuple[tuple[Output, ...], ...]:
+        """The pattern's values, once for each option where the first is an `either`."""
+        return tuple((first, *self.values[1:]) for first in _options(self.values[0]))  # type: ignore[misc]
+
+    @cached_property
+    def operators(self) -> tuple[Operator, ...]:
+        """Every operator of the pattern, each once, from the root inwards."""
+        found: dict[int, Operator] = {}
+
+        def visit(value: Value | None) -> None:
+            if isinstance(value, Either):
+                for option in value.options:
+                    visit(option)
+            elif isinstance(value, Output) and id(value.operator) not in found:
+                found[id(value.operator)] = value.operator
+                for source in value.operator.inputs:
+                    visit(source)
+
+        for value in self.values:
+            visit(value)
+        return tuple(found.values())
+
+    @cached_property
+    def heart(self) -> Operator:
+        """The operator that tells the pattern best: in every alternative of it, once, and rare in the wild.
+
+        Where it stands unmatched, the user hears why.
+        """
+        needed = list(_required(self.values[0]).values())
+        kinds = [o.op for o in needed]
+        return min(needed, key=lambda o: (kinds.count(o.op), _COMMON.index(o.op) if o.op in _COMMON else -1))
+
+    @cached_property
+    def alternatives(self) -> tuple[tuple[int, ...], ...]:
+        """Every way to choose among the pattern's `either` calls."""
+        arities: list[int] = []
+
+        class Count(Tracer):
+            def either(self, *options: Value | None) -> Value:
+                arities.append(len(options))
+                return super().either(*options)
+
+        self.pattern(Count(), *self.parameters)
+        return tuple(itertools.product(*map(range, arities)))
+
+
+_COMMON = ("ReduceMean", "Sqrt", "Sub", "Div", "Softmax", "Transpose", "Reshape", "MatMul", "Cast", "Mul", "Add")
+
+
+def _options(value: Value | None) -> Iterator[Output]:
+    if isinstance(value, Either):
+        for option in value.options:
+            yield from _options(option)
+    elif isinstance(value, Output):
+        yield value
+
+
+def _required(value: Value | None) -> dict[int, Operator]:
+    """The operators that `value` has whichever option of each `either` is taken, from the root inwards."""
+    if isinstance(value, Either):
+        first, *others = (_required(option) for option in value.options)
+        return {key: operator for key, operator in first.items() if all(key in other for other in others)}
+    found: dict[int, Operator] = {}
+    if isinstance(value, Output):
+        found[id(value.operator)] = value.operator
+        for source in value.operator.inputs:
+            found.update(_required(source))
+    return found

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+
+from llmc.compiler import pipeline
+from llmc.passes.base import Context, Pass, PassError, PassResult, Skip
+from llmc.passes.eliminate_dead import EliminateDead
+from llmc.passes.fuse_gelu import FuseGelu
+from llmc.passes.graph import Graph, from_structure
+
+TWO_GELUS = (
+    "(float[N,4] x) => (float[N,4] y) <float s = {1.41421}, float one = {1.0}, float h = {0.5}> {"
+    "d = Div(x, s) e = Erf(d) a = Add(e, one) m = Mul(x, a) v = Mul(m, h) dead = Relu(x)"
+    "D = Div(v, s) E = Erf(D) A = Add(E, one) M = Mul(v, A) y = Mul(M, h) }"
+)
+
+
+class Breaks(Pass):
+    """Leaves an invalid graph: a node whose input nothing makes."""
+
+    safety: ClassVar = "exact"
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        result = PassResult()
+        context.apply(result, "Breaks", graph.nodes[-1])
+        del graph.nodes[0]
+        return result
+
+
+class Declines(Pass):
+    """Never applies."""
+
+    safety: ClassVar = "exact"
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        raise Skip(f"nothing for it in {len(graph.nodes)} nodes")
+
+
+def test_one_step_a_pass_in_recipe_order(parse: Any) -> None:
+    graph = parse(TWO_GELUS)
+    steps = list(pipeline.run(graph, [FuseGelu(), EliminateDead()], lambda _: None))
+    assert [(s.index, s.key) for s in steps] == [(1, "fuse-gelu"), (2, "eliminate-dead")]
+    assert [r.number for s in steps for r in s.result.rewrites] == [1, 2, 3]
+    assert steps[0].operators_before["Erf"] == 2
+    assert [n.op for n in graph.nodes] == ["Gelu", "Gelu"]
+
+
+def test_the_graph_before_a_step_is_kept_as_it_was(parse: Any) -> None:
+    graph = parse(TWO_GELUS)
+    (step,) = pipeline.run(graph, [FuseGelu()], lambda _: None)
+    assert [n.op for n in from_structure(step.before).nodes].count("Erf") == 2
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3])
+def test_a_run_stops_after_any_rewrite(last: int, parse: Any) -> None:
+    steps = list(pipeline.run(parse(TWO_GELUS), [FuseGelu(), EliminateDead()], lambda _: None, stop_after_rewrite=last))
+    assert [r.number for s in steps for r in s.result.rewrites] == list(range(1, last + 1))
+
+
+def test_a_pass_that_does_not_apply_says_why(parse: Any) -> None:
+    (step,) = pipeline.run(parse(TWO_GELUS), [Declines()], lambda _: None)
+    assert step.skipped == "nothing for it in 11 nodes"
+
+
+def test_an_invalid_graph_is_caught_and_the_pass_named(parse: Any) -> None:
+    with pytest.raises(PassError, match="breaks left an invalid graph"):
+        list(pipeline.run(parse(TWO_GELUS), [Breaks()], lambda _: None))

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.compiler.errors import LlmcError
+from llmc.compiler.load import Loaded
+from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles, sizes_of
+from llmc.compiler.recipe import Recipe
+from llmc.compiler.targets import Range
+from llmc.passes.graph import Graph
+
+MODEL = "(float[batch,time,4] x) => (float[batch,time,4] y) { y = Relu(x) }"
+
+
+def recipe(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"passes: []\n{text}", encoding="utf-8")
+    return Recipe.load(path)
+
+
+def loaded(graph: Graph, **limits: int) -> Loaded:
+    return Loaded(graph, "onnx", "m.onnx", "0", limits=limits)
+
+
+def test_the_recipe_gives_sizes(tmp_path: Path, parse: Any) -> None:
+    chosen = recipe(tmp_path, "model: {dimensions: {batch: [1, 2, 4], time: 16}}")
+    profiles, notes = resolve_profiles(loaded(parse(MODEL)), chosen)
+    assert profiles == [{"batch": Range(1, 2, 4), "time": Range(16, 16, 16)}]
+    assert notes == []
+
+
+def test_what_it_does_not_give_is_assumed_and_said(tmp_path: Path, parse: Any) -> None:
+    profiles, notes = resolve_profiles(loaded(parse(MODEL), time=64), recipe(tmp_path, ""))
+    assert profiles == [{"batch": Range(1, 1, 8), "time": Range(1, 64, 64)}]
+    assert len(notes) == 2
+    assert notes[1] == "the recipe gives no sizes for 'time': built for 1 to 64, best at 64"
+
+
+@pytest.mark.parametrize(
+    ("text", "limits", "message"),
+    [
+        ("model: {dimensions: {batsh: 2}}", {}, "the model has no dimension 'batsh'; did you mean 'batch'?"),
+        ("model: {dimensions: {time: [1, 8, 600]}}", {"time": 512}, "'time' goes up to 600, the model allows at most 512"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model(
+    text: str, limits: dict[str, int], message: str, tmp_path: Path, parse: Any
+) -> None:
+    with pytest.raises(LlmcError) as caught:
+        resolve_profiles(loaded(parse(MODEL), **limits), recipe(tmp_path, text))
+    assert message in str(caught.value)
+    assert "r.yaml:2" in str(caught.value)
+
+
+def test_inputs_can_be_declared(tmp_path: Path, parse: Any) -> None:
+    graph = parse("(float[N,?,4] x) => (float[N,M,4] y) { y = Relu(x) }")
+    declare_inputs(graph, recipe(tmp_path, "model: {inputs: {x: [N, time, 4]}, dimensions: {N: 1, time: 2}}"))
+    assert graph.inputs[0].shape == ["N", "time", 4]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("{y: [2]}", "the model has no input 'y'; known: x"),
+        ("{x: [2]}", "has 3 dimensions ['batch', 'time', 4], the recipe gives 1"),
+        ("{x: [2, 3, 5]}", "dimension 2 of input 'x' is fixed at 4"),
+    ],
+)
+def test_declarations_that_do_not_fit(inputs: str, message: str, tmp_path: Path, parse: Any) -> None:
+    with pytest.raises(LlmcError) as caught:
+        declare_inputs(parse(MODEL), recipe(tmp_path, f"model: {{inputs: {inputs}}}"))
+    assert message in str(caught.value)
+
+
+def test_samples_outside_the_profile(parse: Any) -> None:
+    graph = parse(MODEL)
+    profile = {"batch": Range(1, 1, 2), "time": Range(1, 4, 8)}
+    fits, does_not = {"x": np.zeros((2, 8, 4))}, {"x": np.zeros((1, 9, 4))}
+    check_sizes(graph, [fits], [profile], "data")
+    with pytest.raises(LlmcError, match="data, sample 2: 'time' is 9, the profile goes from 1 to 8"):
+        check_sizes(graph, [fits, does_not], [profile], "data")
+    check_sizes(graph, [does_not], [profile, {**profile, "time": Range(9, 9, 9)}], "data")
+
+
+def test_inputs_must_agree_about_a_size(parse: Any) -> None:
+    graph = parse("(float[N] a, float[N] b) => (float[N] y) { y = Add(a, b) }")
+    with pytest.raises(LlmcError, match="'N' is 2 in one input and 3 in 'b'"):
+        sizes_of(graph, {"a": np.zeros(2), "b": np.zeros(3)})
+
+
+def test_generated_sizes_are_the_optimum_and_the_least() -> None:
+    assert generated_sizes({"n": Range(1, 4, 8)}) == [{"n": 4}, {"n": 1}]
