@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 INTERRUPTED = 130
+INTERRUPTION = "interrupted; nothing half-built was left behind"
 app = typer.Typer(
     name="llmc",
     help="Compile Hugging Face and ONNX models to TensorRT engines, and prove every step.",
@@ -84,6 +86,7 @@ def compile_command(
 
     chosen = Recipe.load(recipe).with_settings(settings or [])
     chosen = with_options(chosen, target=target, calibration=calibration, verify_inputs=verify_inputs)
+    place = output or Path("build") / chosen.name
     with _progress() as progress:
         if dry_run:
             made = plan(model, chosen, tokenizer=tokenizer, offline=offline, progress=progress)
@@ -91,7 +94,7 @@ def compile_command(
             report = run_compile(
                 model,
                 chosen,
-                output or Path("build") / chosen.name,
+                place,
                 force=force,
                 tokenizer=tokenizer,
                 offline=offline,
@@ -103,9 +106,7 @@ def compile_command(
         return
     from llmc.compiler.report.terminal import render
 
-    _print(report.model_dump(mode="json"), as_json, lambda console: render(report, console))
-    if not as_json:
-        typer.echo(f"\n{output or Path('build') / chosen.name}")
+    _print(report.model_dump(mode="json"), as_json, lambda console: render(report, console, place))
 
 
 @app.command("passes")
@@ -126,12 +127,15 @@ def passes_command(
 @app.command("inspect")
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="MODEL|ENGINE|ARTIFACT", show_default=False)],
+    sizes: Annotated[
+        list[str] | None, typer.Option("--size", metavar="DIM=N", help="Of a symbolic dimension, to count FLOPs at.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what is in an ONNX model, an engine, or an artifact directory."""
-    from llmc.compiler.inspect import inspect, render
+    from llmc.compiler.inspect import inspect, parse_sizes, render
 
-    found = inspect(path)
+    found = inspect(path, parse_sizes(sizes or []))
     _print(found.model_dump(mode="json"), as_json, lambda console: render(found, console))
 
 
@@ -210,16 +214,21 @@ def main() -> NoReturn:
     """Run the command line: one message on the error stream for what the user can mend, a traceback for our bugs."""
     from llmc.passes.errors import LlmcError, PassError
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets '?' for what it cannot show
     try:
+        signal.signal(signal.SIGTERM, _interrupt)
         app()
+    except KeyboardInterrupt:
+        _stop(INTERRUPTION, INTERRUPTED)
     except LlmcError as error:
         _stop(str(error), error.exit_code)
     except PassError as error:
         _stop(str(error), LlmcError.exit_code)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
-            _stop("interrupted; nothing half-built was left behind", INTERRUPTED)
+            _stop(INTERRUPTION, INTERRUPTED)
         raise
     raise AssertionError("typer ends the process by itself")
 
@@ -227,3 +236,7 @@ def main() -> NoReturn:
 def _stop(message: str, code: int) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

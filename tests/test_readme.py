@@ -1,0 +1,98 @@
+"""Every command of the README runs, as it stands there, on files of the names that it uses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx.parser
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.partition("#")[0].strip() for language, block in BLOCKS if language == "sh" for line in block.splitlines()
+]
+
+MODEL = """<ir_version: 10, opset_import: ["": 20]>
+g (int64[batch,sequence] input_ids, int64[batch,sequence] attention_mask, int64[batch,sequence] token_type_ids)
+=> (float[batch,sequence,4] y) {
+  words = Gather(table, input_ids)
+  kinds = Gather(kindtable, token_type_ids)
+  h = Add(words, kinds)
+  m = Cast<to=1>(attention_mask)
+  axis = Constant<value_ints=[2]>()
+  mask = Unsqueeze(m, axis)
+  p = MatMul(h, w)
+  y = Mul(p, mask)
+}"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with everything that the README's commands name."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("readme")
+    rng = np.random.default_rng(0)
+    weights = {"table": (64, 4), "kindtable": (2, 4), "w": (4, 4)}
+    model = onnx.parser.parse_model(MODEL)
+    for name, shape in weights.items():
+        tensor = onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        model.graph.initializer.append(tensor)
+    onnx.save(model, folder / "model.onnx")
+    (folder / "hf-dir").mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(59))]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder / "hf-dir")
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder / "hf-dir")
+    (folder / "texts.txt").write_text("\n".join(f"w{i} w{i + 1} w{i + 2}" for i in range(40)), encoding="utf-8")
+    (folder / "samples").mkdir()
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    np.savez(folder / "samples/0.npz", **{name: np.ones((2, 8), np.int64) for name in names})
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+def run(command: str, place: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        shlex.split(command), cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_commands_of_the_readme(place: Path) -> None:
+    """In order, for a later one may use what an earlier one made. `make` and `pip` are only looked up: CI runs them."""
+    assert len(COMMANDS) > 10
+    for command in COMMANDS:
+        program, *words = shlex.split(command)
+        if program == "make":
+            run(f"make -C {ROOT} --dry-run {' '.join(words)}", place)
+        elif program == "pip":
+            extras = set(re.findall(r"\[(.*)\]", command)[0].split(","))
+            assert extras <= set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE))
+        else:
+            run(command, place)
+
+
+def test_the_recipe_of_the_readme(place: Path) -> None:
+    (recipe,) = (block for language, block in BLOCKS if language == "yaml")
+    (place / "readme.yaml").write_text(recipe, encoding="utf-8")
+    run("llmc recipe check readme.yaml", place)
+
+
+def test_the_python_of_the_readme(place: Path) -> None:
+    (code,) = (block for language, block in BLOCKS if language == "python")
+    (place / "readme.py").write_text(code, encoding="utf-8")
+    run(f"{sys.executable} readme.py", place)
