@@ -1,0 +1,73 @@
+"""ONNX Runtime: the optimized ONNX file itself, proved to load, for machines that will never see a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.compiler.errors import LlmcError, TargetError
+from llmc.compiler.session import Session
+from llmc.compiler.targets import Availability, BuildRequest, Built, Progress, TargetKind, installed_version
+from llmc.compiler.targets.input_shapes import profile_problems
+from llmc.passes.graph import Graph
+
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+_ERRORS_ONLY = 3
+"""Log severity."""
+
+
+def availability() -> Availability:
+    """ONNX Runtime is what llmc verifies with: it is always there."""
+    return Availability("onnxruntime", installed_version(*DISTRIBUTIONS))
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """Makes no file of its own: the artifact's model.onnx is what ONNX Runtime takes."""
+
+    reason: str = ""
+    kind: TargetKind = "onnxruntime"
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        return {"onnxruntime": availability().version}
+
+    def check(self, graph: Graph, request: BuildRequest) -> list[str]:
+        """Whether the profiles fit the graph, and ONNX Runtime takes all of its operators and types."""
+        problems = [*profile_problems(graph, request.profiles)]
+        try:
+            Session(graph)
+        except LlmcError as error:
+            problems.append(str(error))
+        return problems
+
+    def build(self, model: Path, folder: Path, request: BuildRequest, progress: Progress) -> Built:  # noqa: ARG002
+        """Load `model` as its users will, with ONNX Runtime's default optimizations, on the CPU."""
+        import onnxruntime as ort
+
+        progress("loading it in ONNX Runtime")
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        try:
+            session = ort.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+            raise TargetError(f"ONNX Runtime cannot load {model.name}: {error}") from error
+        return Built(
+            facts={
+                "builder": "ONNX Runtime",
+                "builder_version": ort.__version__,
+                "providers": session.get_providers(),
+                "inputs": [_signature(tensor) for tensor in session.get_inputs()],
+                "outputs": [_signature(tensor) for tensor in session.get_outputs()],
+            }
+        )
+
+
+def _signature(tensor: Any) -> str:
+    """'input_ids int64[batch, sequence]'."""
+    element = tensor.type.removeprefix("tensor(").removesuffix(")")
+    dtype = {"float": "float32", "double": "float64"}.get(element, element)
+    return f"{tensor.name} {dtype}[{', '.join('?' if size is None else str(size) for size in tensor.shape)}]"

@@ -1,0 +1,85 @@
+"""Runs `tensorrt_worker` and makes of its end an answer or an error, however it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import IO, Any
+
+from llmc.compiler.errors import LlmcError, TargetError
+from llmc.compiler.targets import Progress
+from llmc.compiler.targets.tensorrt_import import PRODUCT
+from llmc.compiler.targets.tensorrt_worker import BuildJob, OperatorsJob, RefusedError
+
+_WORKER = (sys.executable, "-P", "-m", "llmc.compiler.targets.tensorrt_worker")
+_LAST_LINES = 10
+_KILLED = {
+    signal.SIGKILL: "was killed (SIGKILL), most often because memory ran out",
+    signal.SIGABRT: "aborted (SIGABRT)",
+    signal.SIGSEGV: "crashed (SIGSEGV)",
+    signal.SIGBUS: "crashed (SIGBUS), most often because the disk is full",
+}
+
+
+def run(job: BuildJob | OperatorsJob, progress: Progress) -> Any:
+    """What the worker answers. It dies with this call: on Ctrl-C too, which it does not see itself.
+
+    Raises RefusedError with TensorRT's reasons, TargetError where the worker died, LlmcError where it could not write.
+    """
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(
+            _WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+        ) as worker,
+    ):
+        try:
+            phase, answer = _converse(worker, job, progress)
+            worker.wait()
+        except BaseException:
+            worker.kill()
+            raise
+        if answer is None:
+            raise _died(PRODUCT[job["kind"]], worker.returncode, phase, log)
+    if "refused" in answer:
+        raise RefusedError(answer["refused"])
+    if "unwritable" in answer:
+        raise LlmcError(f"cannot write {job.get('engine')}: {answer['unwritable']}")
+    return answer["done"]
+
+
+def _converse(
+    worker: subprocess.Popen[bytes], job: BuildJob | OperatorsJob, progress: Progress
+) -> tuple[str, Mapping[str, Any] | None]:
+    """Give the job and hear the worker out: the last phase that it began, and its answer, None where it gave none.
+
+    Its standard input is left open: that is how it knows that it still has a parent.
+    """
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    phase = "starting"
+    try:
+        worker.stdin.write(json.dumps(job).encode() + b"\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        return phase, None
+    for line in worker.stdout:
+        event = json.loads(line)
+        if "phase" not in event:
+            return phase, event
+        phase = event["phase"]
+        progress(phase)
+    return phase, None
+
+
+def _died(product: str, status: int, phase: str, log: IO[bytes]) -> Exception:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").splitlines()
+    if status > 0:  # a Python exception in the worker
+        return RuntimeError(f"{product} worker failed while {phase}:\n" + "\n".join(lines))
+    how = _KILLED.get(signal.Signals(-status), f"was ended by {signal.Signals(-status).name}")
+    last = "".join(f"\n  {line}" for line in lines[-_LAST_LINES:])
+    return TargetError(f"{product} {how} while {phase}" + (f"; the end of its log:{last}" if last else ""))
