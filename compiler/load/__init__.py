@@ -1,16 +1,25 @@
-"""Sources become Graphs here."""
+"""Sources become Graphs here: `load` takes whatever a user has and picks the loader."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llmc.compiler.errors import LlmcError
 from llmc.passes.graph import Array, Graph
 
 Feeds = Mapping[str, Array]
 """Input name → value, of one run."""
+
+Progress = Callable[[str], None]
+"""Called with the phase that begins ('reading weights', 'exporting at opset 23 with sdpa attention')."""
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
+"""A model on the Hugging Face hub: 'name' or 'owner/name', and '@revision' to pin it."""
 
 
 @dataclass
@@ -20,7 +29,7 @@ class Loaded:
     graph: Graph
     kind: Literal["huggingface", "onnx"]
     name: str
-    """Folder or file name, without its path."""
+    """Folder or file name, without its path; or the name on the hub."""
     digest: str
     """SHA-256 over the source's files."""
     task: str | None = None
@@ -36,3 +45,94 @@ class Loaded:
     """Runs the source model itself (torch) on one set of inputs; what the graph is proved against."""
     notes: list[str] = field(default_factory=list)
     """What the user should know about how it was loaded."""
+
+
+def load(
+    source: str,
+    *,
+    task: str | None = None,
+    opset: int | None = None,
+    trust_remote_code: bool = False,
+    offline: bool = False,
+    progress: Progress = lambda _: None,
+) -> Loaded:
+    """Load an ONNX file, a folder with `model.onnx`, a Hugging Face or sentence-transformers folder, or a hub id.
+
+    `task` and `opset` say what a Hugging Face model is exported as and at (by default what its configuration
+    and the exporter's state call for). `offline` uses only what the hub's cache holds, as HF_HUB_OFFLINE does.
+    Raises LlmcError with the reason for everything that cannot be loaded.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _model_in(path)
+    elif path.is_file():
+        path = _model_at(path)
+    elif not HUB_ID.fullmatch(source) or path.suffix in (".onnx", *_REFUSED):
+        raise LlmcError(f"'{source}' does not exist")
+    if path.is_file():
+        from llmc.compiler.load.onnx_file import load_onnx
+
+        return load_onnx(path, task=task, opset=opset)
+    from llmc.compiler.load.huggingface import load_huggingface
+
+    fetched = not path.is_dir()
+    if fetched:
+        from llmc.compiler.load.hub import fetch
+
+        progress(f"fetching {source}")
+        path = fetch(source, offline=offline)
+    loaded = load_huggingface(path, task=task, opset=opset, trust_remote_code=trust_remote_code, progress=progress)
+    if fetched:
+        loaded.name = source
+        loaded.notes.append(f"{source} was read at revision {path.name}")
+    return loaded
+
+
+def digest_files(files: Mapping[str, Path]) -> str:
+    """SHA-256 of a file, or for several the SHA-256 of the lines that `sha256sum` prints for them, sorted by name."""
+    digests = {}
+    for name in sorted(files):
+        with files[name].open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()
+
+
+_PICKLE = "is a pickle, which can run any code when it is read; save the model as .safetensors and give its folder"
+_REFUSED = {
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"), _PICKLE),
+    ".safetensors": "holds weights only; give the folder that also holds its config.json",
+    ".gguf": "is a GGUF file, whose weights are quantized for llama.cpp; give the model that it was made from",
+    ".ort": "is ONNX Runtime's own format; give the .onnx file that it was made from",
+    **dict.fromkeys((".engine", ".plan"), "is a TensorRT engine already; `llmc inspect` shows what is in it"),
+    **dict.fromkeys((".h5", ".keras", ".pb", ".tflite"), "is a TensorFlow model; convert it to ONNX with tf2onnx"),
+}
+
+
+def _model_at(path: Path) -> Path:
+    """The file itself, or the folder that it is the weights of."""
+    if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
+        return path.parent
+    if path.suffix in _REFUSED:
+        raise LlmcError(f"{path}: {_REFUSED[path.suffix]}")
+    return path
+
+
+def _model_in(folder: Path) -> Path:
+    """The folder's ONNX file, or the folder itself where it holds a checkpoint."""
+    model = folder / "model.onnx"
+    if model.is_file() and not any(folder.glob("*.safetensors")):
+        return model
+    if any((folder / name).is_file() for name in _CHECKPOINT_FILES):
+        return folder
+    others = sorted(path.name for path in folder.glob("*.onnx"))
+    if others:
+        raise LlmcError(f"{folder} has no model.onnx; give one of its files: {', '.join(others)}")
+    weights = sorted(path for path in folder.iterdir() if path.suffix in _REFUSED)
+    if weights:
+        raise LlmcError(f"{weights[0]}: {_REFUSED[weights[0].suffix]}")
+    raise LlmcError(f"{folder} holds no model: neither model.onnx nor config.json with .safetensors weights")
+
+
+_CHECKPOINT_FILES = ("config.json", "modules.json", "adapter_config.json", "model_index.json")

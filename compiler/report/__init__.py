@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
 SCHEMA_VERSION: Final = 1
 
 _NullUnlessFinite = PlainSerializer(
     lambda value: value if value is not None and math.isfinite(value) else None, return_type=float | None
 )
-Measured = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value), _NullUnlessFinite]
-"""A measured number. JSON has no NaN or infinity: such a number is written as null, and null is read as NaN."""
+Measured = Annotated[float | None, _NullUnlessFinite]
+"""A measured number; None where the recipe does not ask for it. JSON has no NaN or infinity: they become null too."""
 
 
 class Part(BaseModel):
@@ -27,13 +27,23 @@ class OutputNumerics(Part):
     """How far one output is from the reference, over all verification samples."""
 
     output: str
-    max_abs: Measured = Field(description="Largest absolute difference.")
-    relative_l2: Measured = Field(description="L2 norm of the difference over the L2 norm of the reference.")
-    cosine: Measured = Field(description="Mean cosine similarity of rows along the last axis.")
-    sqnr_db: Annotated[float | None, _NullUnlessFinite] = Field(
-        description="Signal over difference in decibels; null where they are equal."
+    max_abs: Measured = Field(default=None, description="Largest absolute difference.")
+    relative_l2: Measured = Field(
+        default=None, description="L2 norm of the difference over the L2 norm of the reference."
+    )
+    cosine: Measured = Field(default=None, description="Mean cosine similarity of rows along the last axis.")
+    sqnr_db: Measured = Field(
+        default=None, description="Signal over difference in decibels; null where they are equal."
     )
     finite: bool = Field(description="False where this output has NaN or infinity that the reference has not.")
+
+    @model_validator(mode="after")
+    def _null_is_nan_where_not_finite(self) -> Self:
+        if not self.finite:
+            for metric in ("max_abs", "relative_l2", "cosine"):
+                if getattr(self, metric) is None:
+                    setattr(self, metric, math.nan)
+        return self
 
 
 class RewriteLine(Part):

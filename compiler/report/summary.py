@@ -50,18 +50,22 @@ def step_seconds(report: Report, step: PassReport) -> float | None:
 
 
 def worst_cosine(step: PassReport) -> float | None:
-    """The lowest cosine of any output, NaN before any number; None where nothing was compared."""
-    return max((n.cosine for n in step.numerics), key=lambda cosine: _badness(1 - cosine), default=None)
+    """The lowest cosine of any output, NaN before any number; None where none was measured."""
+    return max(_measured(n.cosine for n in step.numerics), key=lambda cosine: _badness(1 - cosine), default=None)
 
 
 def worst_max_abs(step: PassReport) -> float | None:
-    """The largest absolute difference of any output, NaN before any number; None where nothing was compared."""
-    return max((n.max_abs for n in step.numerics), key=_badness, default=None)
+    """The largest absolute difference of any output, NaN before any number; None where none was measured."""
+    return max(_measured(n.max_abs for n in step.numerics), key=_badness, default=None)
 
 
 def worst_relative_l2(step: PassReport) -> float | None:
-    """The largest relative difference of any output, NaN before any number; None where nothing was compared."""
-    return max((n.relative_l2 for n in step.numerics), key=_badness, default=None)
+    """The largest relative difference of any output, NaN before any number; None where none was measured."""
+    return max(_measured(n.relative_l2 for n in step.numerics), key=_badness, default=None)
+
+
+def _measured(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _badness(distance: float) -> float:

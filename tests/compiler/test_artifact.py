@@ -26,11 +26,22 @@ def test_complete_afterwards(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_absent_after_a_failure_and_the_old_one_stays(tmp_path: Path) -> None:
-    make(tmp_path / "out", "old")
-    with pytest.raises(KeyboardInterrupt), artifact(tmp_path / "out") as folder:
+def interrupted(output: Path) -> None:
+    with artifact(output) as folder:
         (folder / "a.txt").write_text("half")
         raise KeyboardInterrupt
+
+
+def fill_the_disk(output: Path) -> None:
+    with artifact(output) as folder:
+        (folder / "full").symlink_to("/dev/full")
+        (folder / "full").write_bytes(b"x")
+
+
+def test_absent_after_a_failure_and_the_old_one_stays(tmp_path: Path) -> None:
+    make(tmp_path / "out", "old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "out")
     assert (tmp_path / "out/a.txt").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -55,16 +66,14 @@ def test_what_is_no_artifact_needs_force(tmp_path: Path) -> None:
         check_place(tmp_path / "file", force=False)
 
 
-def test_a_read_only_place_is_refused(tmp_path: Path) -> None:
+def test_a_read_only_place_is_refused() -> None:
     with pytest.raises(LlmcError, match="/proc is not writable; choose another directory with -o"):
         check_place(Path("/proc/llmc/out"), force=False)
 
 
 def test_no_space_left_is_one_clear_message(tmp_path: Path) -> None:
-    with pytest.raises(LlmcError, match="no space left"), artifact(tmp_path / "out") as folder:
-        (folder / "full").symlink_to("/dev/full")
-        with (folder / "full").open("wb", buffering=0) as file:
-            file.write(b"x")
+    with pytest.raises(LlmcError, match="no space left"):
+        fill_the_disk(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,8 +94,8 @@ def test_a_replacement_killed_between_its_two_renames_gives_the_old_one_back(tmp
     process = subprocess.Popen(["true"])
     process.wait()
     (tmp_path / "out").rename(tmp_path / f".out.old-{process.pid}")
-    with pytest.raises(RuntimeError), artifact(tmp_path / "out"):
-        raise RuntimeError
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "out")
     assert (tmp_path / "out/a.txt").read_text() == "old"
 
 

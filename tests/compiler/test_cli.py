@@ -21,10 +21,13 @@ from llmc.compiler.artifact import sha256
 
 MODEL = (
     '<ir_version: 10, opset_import: ["": 17]> g (float[N,4] x) => (float[N,4] y) '
-    "<float[4,4] w = {0.1,-0.2,0.3,0.4,0.5,-0.6,0.7,0.8,-0.9,0.1,0.2,0.3,-0.4,0.5,0.6,0.7}, float s = {1.41421356}, float one = {1}, float h = {0.5}>"
+    "<float[4,4] w = {0.1,-0.2,0.3,0.4,0.5,-0.6,0.7,0.8,-0.9,0.1,0.2,0.3,-0.4,0.5,0.6,0.7}, "
+    "float s = {1.41421356}, float one = {1}, float h = {0.5}>"
     "{ p = MatMul(x, w) d = Div(p, s) e = Erf(d) a = Add(e, one) m = Mul(p, a) y = Mul(m, h) }"
 )
-RECIPE = "model: {dimensions: {N: [1, 3, 8]}}\npasses: [fold-constants, fuse-gelu, eliminate-dead]\ntarget: {kind: onnx}\n"
+RECIPE = (
+    "model: {dimensions: {N: [1, 3, 8]}}\npasses: [fold-constants, fuse-gelu, eliminate-dead]\ntarget: {kind: onnx}\n"
+)
 
 
 def llmc(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -136,9 +139,12 @@ def bad_inputs(tmp: Path, model: Path, recipe: Path) -> dict[str, tuple[list[obj
     np.savez(samples / "a.npz", x=np.zeros((9, 5), np.float32))
     big = tmp / "big"
     big.mkdir()
-    np.savez(big / "a.npz", x=np.zeros((9, 4), np.float32))
+    np.savez(big / "a.npz", x=np.zeros((9, 4), np.float32), z=np.zeros(1, np.float32))
+    long = '<ir_version: 10, opset_import: ["": 17]> g (float[T,4] x, float[1] z) => (float[T,4] y) { y = Add(x, z) }'
+    onnx.save(onnx.parser.parse_model(long), tmp / "long.onnx")
     bad_op = onnx.parser.parse_model(
-        '<ir_version: 10, opset_import: ["": 17, "my.ops": 1]> g (float[N,4] x) => (float[N,4] y) { y = my.ops.Magic(x) }'
+        '<ir_version: 10, opset_import: ["": 17, "my.ops": 1]> '
+        "g (float[N,4] x) => (float[N,4] y) { y = my.ops.Magic(x) }"
     )
     onnx.save(bad_op, tmp / "magic.onnx")
     return {
@@ -159,8 +165,8 @@ def bad_inputs(tmp: Path, model: Path, recipe: Path) -> dict[str, tuple[list[obj
         "bad setting": ([model, *good, "--set", "target.knd=onnx"], "did you mean 'kind'?"),
         "wrong shape of data": ([model, *good, "--verify-inputs", samples], "axis 1 must be 4"),
         "data outside the profile": (
-            [model, "--recipe", recipe, "--set", "model.inputs.x=[8, 4]", "--verify-inputs", big],
-            "",
+            [tmp / "long.onnx", *good, "--set", "model.dimensions={T: [1, 4, 8]}", "--verify-inputs", big],
+            "sample 1: 'T' is 9, the profile goes from 1 to 8; change model.dimensions in the recipe",
         ),
         "nothing calibrates": ([model, *good, "--calibration", samples], "has no pass that calibrates"),
         "no such data": ([model, *good, "--verify-inputs", tmp / "nowhere"], "nowhere"),
@@ -191,6 +197,40 @@ def test_bad_input_gets_one_clear_message(case: str, tmp_path: Path, model: Path
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert {str(p) for p in tmp_path.rglob("*")} == before
+
+
+UNBUILDABLE = {
+    "unsupported operator": (
+        "(float[N,4] x) => (int64[2,M] y) { y = NonZero(x) }",
+        [],
+        "NonZero",
+    ),
+    "float32 on SM75": (
+        "(float[N,4] x) => (float[N,4] y) <float[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}> { y = MatMul(x, w) }",
+        ["--set", "target.compute_capabilities=[75]"],
+        "75",
+    ),
+    "unknown compute capability": (
+        "(float[N,4] x) => (float[N,4] y) { y = Relu(x) }",
+        ["--set", "target.compute_capabilities=[77]"],
+        "77",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNBUILDABLE)
+def test_what_the_target_cannot_build(case: str, recipe: Path, tmp_path: Path) -> None:
+    text, words, named = UNBUILDABLE[case]
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 17]> g {text}')
+    onnx.save(model, tmp_path / "model.onnx")
+    before = {p.name for p in tmp_path.iterdir()}
+    command = ["compile", tmp_path / "model.onnx", "--recipe", recipe, "-o", tmp_path / "out"]
+    done = llmc(*command, "--target", "tensorrt-rtx", *words)
+    assert done.returncode == 4, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("delay", [0.2, 0.6, 0.9, 1.2, 1.5, 1.8, 2.1, 2.4])
@@ -232,4 +272,3 @@ def test_inspect_an_artifact(model: Path, recipe: Path, tmp_path: Path) -> None:
     assert "fuse-gelu" in llmc("inspect", tmp_path / "out").stdout
     shown = json.loads(llmc("inspect", model, "--json").stdout)
     assert shown["graph"]["nodes"]["Erf"] == 1
-

@@ -34,7 +34,7 @@ class Declines(Pass):
 
     safety: ClassVar = "exact"
 
-    def run(self, graph: Graph, context: Context) -> PassResult:
+    def run(self, graph: Graph, context: Context) -> PassResult:  # noqa: ARG002
         raise Skip(f"nothing for it in {len(graph.nodes)} nodes")
 
 

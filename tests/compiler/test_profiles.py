@@ -44,7 +44,11 @@ def test_what_it_does_not_give_is_assumed_and_said(tmp_path: Path, parse: Any) -
     ("text", "limits", "message"),
     [
         ("model: {dimensions: {batsh: 2}}", {}, "the model has no dimension 'batsh'; did you mean 'batch'?"),
-        ("model: {dimensions: {time: [1, 8, 600]}}", {"time": 512}, "'time' goes up to 600, the model allows at most 512"),
+        (
+            "model: {dimensions: {time: [1, 8, 600]}}",
+            {"time": 512},
+            "'time' goes up to 600, the model allows at most 512",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_the_model(

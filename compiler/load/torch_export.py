@@ -1,0 +1,276 @@
+"""torch → Graph: exported rung by rung, each proved against torch before it is trusted."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmc.compiler.data import random_feeds
+from llmc.compiler.errors import LlmcError
+from llmc.compiler.load import Feeds, Progress
+from llmc.compiler.load.quiet import quiet
+from llmc.compiler.load.signature import Signature
+from llmc.compiler.session import Session
+from llmc.passes.graph import SMALL, Array, Graph, Structure, Weights, from_structure
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSETS = range(18, 25)
+"""What torch.onnx writes rightly: its operators begin at 18, and from 25 on it mislabels the file."""
+
+TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
+"""How far an output may be from torch's, as a part of its largest magnitude.
+
+Both sides round each of some hundred dependent operations: by 2^-24 in float32, which was seen to add up to some 1e-6,
+and by 2^-11 in float16. A mask that was dropped, or a position that is one off, shows as 1e-2 and more.
+"""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to export."""
+
+    opset: int
+    attention: str
+
+    def __str__(self) -> str:
+        return f"opset {self.opset}, {self.attention}"
+
+
+@dataclass(frozen=True)
+class Export:
+    """A graph that gives what torch gives."""
+
+    graph: Graph
+    rung: Rung
+    parameters: frozenset[str]
+    """Names of the model's parameters and buffers that the graph depends on."""
+
+
+def export(model: Any, signature: Signature, task: str, opset: int | None, progress: Progress) -> Export:
+    """Export `model` by the first rung whose graph proves right at every size of `signature.checks`.
+
+    The graph's weights are the model's own memory, under the model's names ('.T' behind transposed ones). Raises
+    LlmcError with each rung's reason where none will do.
+    """
+    ladder = _ladder(task, opset)
+    expected = _expectations(model, signature)
+    failures = []
+    for rung in ladder:
+        progress(f"exporting at opset {rung.opset} with {rung.attention} attention")
+        try:
+            with quiet(), _implementations(model, rung.attention) as attention:
+                graph, parameters = _export(model, signature, rung.opset)
+            progress("comparing with torch")
+            _prove(graph, expected)
+            return Export(graph, Rung(rung.opset, attention), parameters)
+        except Exception as error:  # whatever goes wrong inside the exporter, the next rung may do
+            failures.append(f"{rung}: {explain(error)}")
+    raise LlmcError(f"{type(model).__name__} cannot be exported to ONNX:\n  " + "\n  ".join(failures))
+
+
+def run_torch(model: Any, signature: Signature, feeds: Feeds) -> dict[str, Array]:
+    """Run the model itself: input name → array in, output name → array out."""
+    import torch
+
+    inputs = {variable.name: torch.tensor(np.asarray(feeds[variable.name])) for variable in signature.inputs}
+    with quiet(), torch.inference_mode():
+        outputs = signature.call(model.forward, **inputs)
+    return {name: value.numpy() for name, value in zip(signature.outputs, outputs, strict=True)}
+
+
+def _ladder(task: str, opset: int | None) -> list[Rung]:
+    """Attention is one node from opset 23 on. At 23 exactly the exporter also fuses norms and rotary embeddings, the
+    latter wrongly for a batch over 1: decoders start at 24, and others end up there where 23 does not prove right."""
+    if opset is not None:
+        if opset not in OPSETS:
+            raise LlmcError(f"models are exported at opset {OPSETS.start} to {OPSETS[-1]}, not {opset}")
+        return [Rung(opset, attention) for attention in (("sdpa", "eager") if opset > 22 else ("eager", "sdpa"))]
+    native = [Rung(24, "sdpa")] if task == "text-generation" else [Rung(23, "sdpa"), Rung(24, "sdpa")]
+    return [*native, Rung(20, "eager")]
+
+
+def _expectations(model: Any, signature: Signature) -> list[tuple[Feeds, dict[str, Array]]]:
+    rng = np.random.default_rng(0)
+    samples = [random_feeds(signature.inputs, sizes, signature.bounds, rng) for sizes in signature.checks]
+    expected: list[tuple[Feeds, dict[str, Array]]]
+    try:
+        expected = [(feeds, run_torch(model, signature, feeds)) for feeds in samples]
+    except LlmcError:
+        raise
+    except Exception as error:  # the model's own code
+        given = ", ".join(variable.name for variable in signature.inputs)
+        raise LlmcError(f"{type(model).__name__} does not run in torch on {given}: {explain(error)}") from error
+    for _, outputs in expected:
+        for name, value in outputs.items():
+            if np.isnan(value).any():
+                raise LlmcError(f"{type(model).__name__} gives NaN for '{name}' in torch itself, as {value.dtype}")
+    return expected
+
+
+def _prove(graph: Graph, expected: Sequence[tuple[Feeds, dict[str, Array]]]) -> None:
+    session = Session(graph)
+    for feeds, outputs in expected:
+        found = session.run(feeds)
+        for name, reference in outputs.items():
+            shape = tuple(next(iter(feeds.values())).shape)
+            if found[name].shape != reference.shape:
+                raise LlmcError(f"'{name}' is {found[name].shape} for inputs of {shape}, torch's is {reference.shape}")
+            scale = float(np.abs(reference).max(initial=0)) or 1.0
+            difference = float(np.abs(found[name].astype(np.float64) - reference).max(initial=0)) / scale
+            if not difference <= TOLERANCE[reference.dtype]:
+                raise LlmcError(
+                    f"'{name}' differs from torch's by {difference:.2g} of its largest value for inputs of {shape}"
+                )
+
+
+@contextmanager
+def _implementations(model: Any, attention: str) -> Iterator[str]:
+    """The model with this attention, and experts as plain products; gives the attention that it really has then."""
+    attention_before, experts_before = model.config._attn_implementation, model.config._experts_implementation
+    model.set_attn_implementation(attention)
+    if experts_before == "grouped_mm":
+        model.set_experts_implementation("batched_mm")
+    try:
+        yield model.config._attn_implementation
+    finally:
+        model.set_attn_implementation(attention_before)
+        if experts_before == "grouped_mm":
+            model.set_experts_implementation(experts_before)
+
+
+def _export(model: Any, signature: Signature, opset: int) -> tuple[Graph, frozenset[str]]:
+    import torch
+
+    feeds = random_feeds(signature.inputs, signature.sample, signature.bounds, np.random.default_rng(0))
+    names = list(feeds)
+    axes = {
+        variable.name: {axis: size for axis, size in enumerate(variable.shape) if isinstance(size, str)}
+        for variable in signature.inputs
+    }
+    with _forward_as(model, signature):
+        program = torch.onnx.export(
+            model,
+            kwargs={name: torch.from_numpy(array) for name, array in feeds.items()},
+            dynamo=True,
+            opset_version=opset,
+            input_names=names,
+            output_names=list(signature.outputs),
+            dynamic_shapes=axes,
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    parameters = frozenset(program.model.graph.initializers)
+    program.optimize()
+    written = program.model.opset_imports[""]
+    if written != opset:
+        raise LlmcError(f"torch.onnx wrote opset {written}")
+    return to_graph(program.model, _parameter_names(model)), parameters
+
+
+@contextmanager
+def _forward_as(model: Any, signature: Signature) -> Iterator[None]:
+    """The model with the signature's inputs and outputs; a wrapper module would put its name before all others."""
+    forward = model.forward
+    names = [variable.name for variable in signature.inputs]
+
+    def call(*values: Any, **inputs: Any) -> tuple[Any, ...]:
+        return signature.call(forward, **dict(zip(names, values, strict=False)), **inputs)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    call.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    model.forward = call
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+# onnx_ir → Graph
+
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+"""The scope that torch puts where a node comes from no module."""
+
+
+def to_graph(model: ir.Model, names: Mapping[tuple[int, int], str]) -> Graph:
+    """The exporter's model as a Graph that shares its weights; `names` has the parameters by address and size."""
+    import onnx_ir as ir
+
+    weights: dict[str, Array | Weights] = {}
+    for given, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < SMALL:
+            continue
+        array = tensor.numpy().view()
+        array.flags.writeable = False
+        name = _weight_name(array, given, names, model.graph.initializers)
+        value.name = name
+        weights[name] = array
+        value.const_value = ir.ExternalTensor(
+            "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
+        )
+    for node in model.graph.all_nodes():
+        scopes = node.metadata_props.get(NAME_SCOPES)
+        node.metadata_props.clear()
+        if scopes is not None:
+            node.metadata_props[NAME_SCOPES] = str([s for s in ast.literal_eval(scopes) if s != NO_MODULE])
+        node.doc_string = None
+    return from_structure(Structure(ir.to_proto(model), weights))
+
+
+def _parameter_names(model: Any) -> dict[tuple[int, int], str]:
+    """Address and bytes of a parameter's memory → its name; the first of tied ones."""
+    names: dict[tuple[int, int], str] = {}
+    for name, parameter in model.named_parameters():
+        names.setdefault((parameter.data_ptr(), parameter.nbytes), name)
+    return names
+
+
+def _weight_name(array: Array, given: str, names: Mapping[tuple[int, int], str], taken: Mapping[str, Any]) -> str:
+    name = names.get((array.__array_interface__["data"][0], array.nbytes))
+    if name is None:
+        return given
+    if not array.flags.c_contiguous:
+        name += ".T"
+    return given if name in taken else name
+
+
+# Reasons
+
+_REASONS = (
+    (r"No ONNX function found for <OpOverload\(op='([\w.:]+)'", r"the operator \1 has no ONNX form"),
+    (
+        r"GuardOnDataDependentSymNode|Could not guard on data-dependent expression",
+        r"a branch in the model's code depends on the values of tensors",
+    ),
+    (
+        r"static shape of (\d+) for (?:dimension )?inputs\['(\w+)'\]\.shape\[(\d+)\]",
+        r"the model's code fixes axis \3 of '\2' at \1, the size it was tried with",
+    ),
+    (r"does not support an attention implementation", r"the model has no such attention"),
+)
+"""Pattern of a root cause, and what it means."""
+
+
+def explain(error: BaseException) -> str:
+    """The root cause in one line, in plain words where it is a known one."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for link in reversed(chain):
+        for pattern, reason in _REASONS:
+            if match := re.search(pattern, f"{type(link).__name__}: {link}"):
+                return match.expand(reason)
+    root = chain[-1]
+    line = next((line.strip() for line in str(root).splitlines() if line.strip()), "")
+    return line if isinstance(root, LlmcError) else f"{type(root).__name__}: {line}"

