@@ -1,6 +1,6 @@
 """llmc: compiles models to TensorRT engines, and proves every step.
 
-    from llmc.compiler import compile, load, verify
+from llmc.compiler import compile, load, verify
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmc.compiler.driver import compile as compile
+    from llmc.compiler.driver import compile as compile  # noqa: A004 - the field's word for it
     from llmc.compiler.driver import plan as plan
     from llmc.compiler.errors import BudgetError as BudgetError
     from llmc.compiler.errors import LlmcError as LlmcError
     from llmc.compiler.errors import TargetError as TargetError
-    from llmc.compiler.load import load as load
+    from llmc.compiler.loaders import load as load
     from llmc.compiler.recipe import Recipe as Recipe
-    from llmc.compiler.verify import verify as verify
+    from llmc.compiler.verification import verify as verify
 
 _HOMES = {
     "compile": "driver",
@@ -24,11 +24,11 @@ _HOMES = {
     "BudgetError": "errors",
     "LlmcError": "errors",
     "TargetError": "errors",
-    "load": "load",
+    "load": "loaders",
     "Recipe": "recipe",
-    "verify": "verify",
+    "verify": "verification",
 }
-__all__ = list(_HOMES)  # noqa: PLE0604 - names of the table above
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ MANIFEST = "manifest.json"
 
 
 def check_place(output: Path, *, force: bool) -> None:
-    """Raises LlmcError where an artifact may not, or cannot, be put at `output`; writes nothing."""
+    """Raises LlmcError where an artifact may not, or cannot, be put at `output`; leaves nothing there."""
     if output.exists() and not force:
         if not output.is_dir():
             raise LlmcError(f"{output} is a file; choose another directory with -o")
@@ -26,8 +27,12 @@ def check_place(output: Path, *, force: bool) -> None:
     parent = _nearest_existing(output.parent)
     if not parent.is_dir():
         raise LlmcError(f"{output} cannot be made: {parent} is a file")
-    if not os.access(parent, os.W_OK | os.X_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
-        raise LlmcError(f"{output} cannot be made: {parent} is not writable; choose another directory with -o")
+    try:
+        Path(tempfile.mkdtemp(prefix=".llmc-", dir=parent)).rmdir()  # what counts is whether it works, for root too
+    except OSError as error:
+        raise LlmcError(
+            f"{output} cannot be made: {parent} is not writable; choose another directory with -o"
+        ) from error
 
 
 def is_artifact(folder: Path) -> bool:
@@ -54,9 +59,13 @@ def artifact(output: Path, *, force: bool = False) -> Iterator[Path]:
         _swap(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise LlmcError(f"no space left on the disk of {output.parent}; free some, or choose another with -o") from error
+            raise LlmcError(
+                f"no space left on the disk of {output.parent}; free some, or choose another with -o"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise LlmcError(f"{output} cannot be written: {error.strerror}; choose another directory with -o") from error
+            raise LlmcError(
+                f"{output} cannot be written: {error.strerror}; choose another directory with -o"
+            ) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -71,7 +71,9 @@ def compile_command(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Tokenizer for text data, where the model brings none.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, build nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, build nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output even if it is no artifact.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
     stop_after_rewrite: Annotated[

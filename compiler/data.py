@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import Feeds, digest_files
+from llmc.compiler.loaders import Feeds, digest_files
 from llmc.passes.graph import Array, Constant, Graph, Tensor, Variable, shape_of
 
 Sizes = Mapping[str, int]

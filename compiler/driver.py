@@ -14,7 +14,7 @@ from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.data import Samples
 from llmc.compiler.errors import BudgetError, LlmcError, TargetError
 from llmc.compiler.evidence import keep_evidence
-from llmc.compiler.load import Loaded, load
+from llmc.compiler.loaders import Loaded, load
 from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import (
@@ -31,7 +31,7 @@ from llmc.compiler.report import (
 from llmc.compiler.report.statistics import count_operators, graph_report, layer_precision, weights_by_dtype
 from llmc.compiler.session import Session
 from llmc.compiler.targets import BuildRequest, Built, Profile, Target, resolve
-from llmc.compiler.verify import Verifier, breaches
+from llmc.compiler.verification import Verifier, breaches
 from llmc.passes.base import Pass, PassResult
 from llmc.passes.graph import Graph, Structure, save_model, to_structure
 
@@ -165,7 +165,8 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
     check_place(output, force=force)
     made = plan(source, recipe, tokenizer=tokenizer, offline=offline, progress=progress)
     progress("running the source model")
-    run = Run(made, Verifier.against(made.loaded.reference or Session(made.loaded.graph).run, made.verification))
+    reference = made.loaded.reference or Session(made.loaded.graph).run
+    run = Run(made, Verifier.against(reference, made.verification, made.recipe.verify.metrics))
     graph = made.loaded.graph
     original = to_structure(graph)
     _record_load(run, graph)
@@ -187,7 +188,7 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
 
 
 def _no_samples() -> Samples:
-    return Samples("", "", True, 0, dict)
+    return Samples("", "", True, 0, lambda _number: {})
 
 
 def _samples(made: Plan, path: Path | None, count: int, seed: int) -> Samples:

@@ -96,7 +96,7 @@ def _engine(path: Path) -> EngineReport:
 
 
 def _model(path: Path, sizes: Mapping[str, int]) -> ModelReport:
-    from llmc.compiler.load.onnx_file import load_onnx
+    from llmc.compiler.loaders.onnx_file import load_onnx
     from llmc.compiler.report.statistics import graph_report, layer_precision
 
     graph = load_onnx(path).graph

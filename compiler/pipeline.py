@@ -75,4 +75,3 @@ def check_graph(graph: Graph, key: str) -> None:
         onnx.checker.check_model(structure.model)
     except onnx.checker.ValidationError as error:
         raise PassError(f"{key} left an invalid graph: {error}") from error
-

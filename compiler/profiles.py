@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import Feeds, Loaded
+from llmc.compiler.loaders import Feeds, Loaded
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.recipe.errors import suggestion
 from llmc.compiler.targets import Profile, Range
@@ -23,7 +23,9 @@ def declare_inputs(graph: Graph, recipe: Recipe) -> None:
     for name, dimensions in recipe.model.inputs.items():
         tensor = known.get(name)
         if tensor is None:
-            raise LlmcError(f"{recipe.where('model', 'inputs', name)}: the model has no input '{name}'{suggestion(name, known)}")
+            raise LlmcError(
+                f"{recipe.where('model', 'inputs', name)}: the model has no input '{name}'{suggestion(name, known)}"
+            )
         if tensor.shape is not None and len(tensor.shape) != len(dimensions):
             raise LlmcError(
                 f"{recipe.where('model', 'inputs', name)}: input '{name}' has {len(tensor.shape)} dimensions "
@@ -38,7 +40,7 @@ def declare_inputs(graph: Graph, recipe: Recipe) -> None:
 
 
 def symbolic_dimensions(graph: Graph) -> list[str]:
-    """Names of the symbolic dimensions of the graph's inputs, in order. Raises LlmcError for a dimension without one."""
+    """Names of the symbolic dimensions of the graph's inputs, in order. Raises LlmcError for one without a name."""
     names: dict[str, None] = {}
     for tensor in graph.inputs:
         if tensor.shape is None:
@@ -60,7 +62,8 @@ def resolve_profiles(loaded: Loaded, recipe: Recipe) -> tuple[list[Profile], lis
     Raises LlmcError for a dimension that the model does not have, or a size that it does not allow.
     """
     names = symbolic_dimensions(loaded.graph)
-    profiles, notes = [], {}
+    profiles: list[Profile] = []
+    assumed: dict[str, Range] = {}
     for given in recipe.profiles:
         for name, sizes in given.items():
             place = recipe.where("model", "dimensions", name)
@@ -69,14 +72,13 @@ def resolve_profiles(loaded: Loaded, recipe: Recipe) -> tuple[list[Profile], lis
             limit = loaded.limits.get(name)
             if limit is not None and sizes.max > limit:
                 raise LlmcError(f"{place}: '{name}' goes up to {sizes.max}, the model allows at most {limit}")
-        profile = {}
-        for name in names:
-            profile[name] = given[name] if name in given else _assumed(name, loaded.limits)
-            if name not in given:
-                sizes = profile[name]
-                notes[f"the recipe gives no sizes for '{name}': built for {sizes.min} to {sizes.max}, best at {sizes.opt}"] = None
-        profiles.append(profile)
-    return profiles, list(notes)
+        assumed |= {name: _assumed(name, loaded.limits) for name in names if name not in given}
+        profiles.append({name: given.get(name) or assumed[name] for name in names})
+    notes = [
+        f"the recipe gives no sizes for '{name}': built for {sizes.min} to {sizes.max}, best at {sizes.opt}"
+        for name, sizes in assumed.items()
+    ]
+    return profiles, notes
 
 
 def check_sizes(graph: Graph, samples: Iterable[Feeds], profiles: Sequence[Profile], origin: str) -> None:
@@ -89,9 +91,7 @@ def check_sizes(graph: Graph, samples: Iterable[Feeds], profiles: Sequence[Profi
             for name, size in sizes.items()
             if not profile[name].min <= size <= profile[name].max
         ]
-        covered = any(
-            all(p[name].min <= size <= p[name].max for name, size in sizes.items()) for p in profiles
-        )
+        covered = any(all(p[name].min <= size <= p[name].max for name, size in sizes.items()) for p in profiles)
         if not covered:
             raise LlmcError(f"{origin}, sample {number}: {problems[0]}; change model.dimensions in the recipe")
 
@@ -116,4 +116,3 @@ def _assumed(name: str, limits: Mapping[str, int]) -> Range:
         return BATCH
     limit = limits.get(name, OTHER.max)
     return Range(OTHER.min, min(OTHER.opt, limit), min(OTHER.max, limit))
-

@@ -33,7 +33,7 @@ class Session:
         )
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors are raised: said once
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         self._values = _ort_values(structure.weights)
         if self._values:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import Loaded
+from llmc.compiler.loaders import Loaded
 from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles, sizes_of
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.targets import Range

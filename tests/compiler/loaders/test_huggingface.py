@@ -18,10 +18,10 @@ import torch
 import transformers
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import Feeds, Loaded, load
-from llmc.compiler.load.checkpoint import Checkpoint
-from llmc.compiler.load.huggingface import _model_class, load_huggingface
-from llmc.compiler.load.quiet import quiet
+from llmc.compiler.loaders import Feeds, Loaded, load
+from llmc.compiler.loaders.checkpoint import Checkpoint
+from llmc.compiler.loaders.huggingface import _model_class, load_huggingface
+from llmc.compiler.loaders.quiet import quiet
 from llmc.passes.graph import Array, constants, digest, metadata, module_of, shape_of, to_model
 
 TEXT = {
@@ -224,7 +224,7 @@ def test_digest_covers_configuration_and_weights(bert: tuple[Path, Loaded]) -> N
 def test_same_graph_in_another_process_and_not_a_word_printed(bert: tuple[Path, Loaded]) -> None:
     folder, loaded = bert
     code = (
-        "from llmc.compiler.load import load; from llmc.passes.graph import digest\n"
+        "from llmc.compiler.loaders import load; from llmc.passes.graph import digest\n"
         f"print(digest(load({str(folder)!r}).graph), end='')"
     )
     found = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
@@ -326,8 +326,8 @@ def test_class_that_serves_the_task(architecture: str | None, task: str, expecte
 def test_from_the_hubs_cache(bert: tuple[Path, Loaded], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     snapshot = tmp_path / "0123abc"
     snapshot.symlink_to(bert[0])
-    monkeypatch.setattr("llmc.compiler.load.hub.fetch", lambda *_, **__: snapshot)
-    monkeypatch.setattr("llmc.compiler.load.huggingface.load_huggingface", lambda *_, **__: replace(bert[1], notes=[]))
+    monkeypatch.setattr("llmc.compiler.loaders.hub.fetch", lambda *_, **__: snapshot)
+    monkeypatch.setattr("llmc.compiler.loaders.huggingface.load_huggingface", lambda *_, **__: replace(bert[1], notes=[]))
     loaded = load("owner/name@main")
     assert (loaded.name, loaded.notes) == ("owner/name@main", ["owner/name@main was read at revision 0123abc"])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load.checkpoint import read_json
+from llmc.compiler.loaders.checkpoint import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load.onnx_file import LFS_POINTER
+from llmc.compiler.loaders.onnx_file import LFS_POINTER
 
 Json = TypeVar("Json", dict[str, Any], list[Any])
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load.checkpoint import read_config
-from llmc.compiler.load.quiet import quiet
-from llmc.compiler.load.sentence_transformers import is_sentence_transformer, transformer_folder
+from llmc.compiler.loaders.checkpoint import read_config
+from llmc.compiler.loaders.quiet import quiet
+from llmc.compiler.loaders.sentence_transformers import is_sentence_transformer, transformer_folder
 
 SETTINGS = ("*.json", "*.txt", "*.model", "*.py")
 """Configuration, tokenizers, and the code of models that bring their own."""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.verify import breaches, compare, row_cosines, verify
+from llmc.compiler.verification import breaches, compare, row_cosines, verify
 
 FLOATS = st.floats(-1e3, 1e3, width=32)
 

@@ -12,8 +12,8 @@ import safetensors.numpy
 from huggingface_hub import constants, errors
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import load
-from llmc.compiler.load.hub import fetch
+from llmc.compiler.loaders import load
+from llmc.compiler.loaders.hub import fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.compiler.load import Feeds
-from llmc.compiler.recipe.sections import AT_LEAST
+from llmc.compiler.loaders import Feeds
+from llmc.compiler.recipe.sections import AT_LEAST, METRICS, Metric
 from llmc.compiler.report import OutputNumerics
 from llmc.compiler.session import Session
 from llmc.passes.base import LlmcError
 from llmc.passes.graph import Array, Graph
+
 
 @dataclass
 class _Sums:
@@ -32,7 +33,9 @@ class _Sums:
         same = (wide == narrow) | (np.isnan(wide) & np.isnan(narrow))  # equal infinities differ by nothing
         with np.errstate(invalid="ignore", over="ignore"):
             difference = np.where(same, 0.0, narrow - wide)
-        wide, narrow, difference = (np.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0) for v in (wide, narrow, difference))
+        wide, narrow, difference = (
+            np.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0) for v in (wide, narrow, difference)
+        )
         self.max_abs = max(self.max_abs, float(np.abs(difference).max(initial=0.0)))
         self.difference += float((difference**2).sum())
         self.signal += float((wide**2).sum())
@@ -65,8 +68,10 @@ def row_cosines(expected: Array, found: Array) -> Array:
     return np.where(both_zero, 1.0, np.clip(products, -1.0, 1.0))
 
 
-def compare(pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]]) -> list[OutputNumerics]:
-    """Numerics per output over (expected, found) pairs of output values, one pair a sample."""
+def compare(
+    pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]], metrics: Iterable[Metric] = METRICS
+) -> list[OutputNumerics]:
+    """The chosen metrics per output over (expected, found) pairs of output values, one pair a sample."""
     sums: dict[str, _Sums] = {}
     for expected, found in pairs:
         for name, value in expected.items():
@@ -76,7 +81,8 @@ def compare(pairs: Iterable[tuple[Mapping[str, Array], Mapping[str, Array]]]) ->
                 raise LlmcError(f"output '{name}' has shape {found[name].shape}, the reference {value.shape}")
             if value.dtype.kind in "fiubV":
                 sums.setdefault(name, _Sums()).add(value, found[name])
-    return [total.numerics(name) for name, total in sums.items()]
+    unasked: dict[str, object] = dict.fromkeys(metric for metric in METRICS if metric not in metrics)
+    return [total.numerics(name).model_copy(update=unasked) for name, total in sums.items()]
 
 
 def breaches(numerics: Sequence[OutputNumerics], budgets: Mapping[str, float]) -> list[str]:
@@ -103,17 +109,23 @@ class Verifier:
 
     samples: Sequence[Feeds]
     expected: Sequence[Mapping[str, Array]]
+    metrics: Sequence[Metric] = METRICS
 
     @classmethod
-    def against(cls, reference: Callable[[Feeds], Mapping[str, Array]], samples: Iterable[Feeds]) -> Verifier:
+    def against(
+        cls,
+        reference: Callable[[Feeds], Mapping[str, Array]],
+        samples: Iterable[Feeds],
+        metrics: Sequence[Metric] = METRICS,
+    ) -> Verifier:
         """A verifier whose truth is what `reference` makes of the samples."""
         held = list(samples)
-        return cls(held, [reference(sample) for sample in held])
+        return cls(held, [reference(sample) for sample in held], metrics)
 
     def measure(self, graph: Graph) -> list[OutputNumerics]:
         """Run `graph` over the samples (ONNX Runtime, optimizations off) and compare every output."""
         session = Session(graph)
-        return compare(zip(self.expected, map(session.run, self.samples), strict=True))
+        return compare(zip(self.expected, map(session.run, self.samples), strict=True), self.metrics)
 
 
 def verify(graph: Graph, reference: Graph, samples: Iterable[Feeds]) -> list[OutputNumerics]:

@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import HUB_ID, digest_files, load
+from llmc.compiler.loaders import HUB_ID, digest_files, load
 
 MODEL = '<ir_version: 10, opset_import: ["": 20]> g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }'
 
@@ -107,5 +107,5 @@ def test_digest_of_several_files_is_that_of_sha256sum(tmp_path: Path) -> None:
 
 
 def test_onnx_needs_neither_torch_nor_transformers(model: Path) -> None:
-    code = f"import sys; from llmc.compiler.load import load; load({str(model)!r}); print('torch' in sys.modules)"
+    code = f"import sys; from llmc.compiler.loaders import load; load({str(model)!r}); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -14,9 +14,9 @@ import numpy as np
 
 from llmc.compiler.data import random_feeds
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import Feeds, Progress
-from llmc.compiler.load.quiet import quiet
-from llmc.compiler.load.signature import Signature
+from llmc.compiler.loaders import Feeds, Progress
+from llmc.compiler.loaders.quiet import quiet
+from llmc.compiler.loaders.signature import Signature
 from llmc.compiler.session import Session
 from llmc.passes.graph import SMALL, Array, Graph, Structure, Weights, from_structure
 

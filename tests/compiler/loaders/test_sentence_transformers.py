@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load.sentence_transformers import Head, read_head, transformer_folder
+from llmc.compiler.loaders.sentence_transformers import Head, read_head, transformer_folder
 
 TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
 POOLING = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import torch_export
-from llmc.compiler.load.signature import Signature
-from llmc.compiler.load.torch_export import Rung, explain, export
+from llmc.compiler.loaders import torch_export
+from llmc.compiler.loaders.signature import Signature
+from llmc.compiler.loaders.torch_export import Rung, explain, export
 from llmc.passes.graph import Graph, Variable
 
 GraphParser = Callable[..., Graph]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import Loaded, Progress, digest_files
-from llmc.compiler.load.checkpoint import Checkpoint, open_checkpoint
-from llmc.compiler.load.quiet import quiet
-from llmc.compiler.load.sentence_transformers import is_sentence_transformer, read_head, transformer_folder
-from llmc.compiler.load.tasks import SENTENCE_EMBEDDING, TASKS, check_task, infer_task, task_of
+from llmc.compiler.loaders import Loaded, Progress, digest_files
+from llmc.compiler.loaders.checkpoint import Checkpoint, open_checkpoint
+from llmc.compiler.loaders.quiet import quiet
+from llmc.compiler.loaders.sentence_transformers import is_sentence_transformer, read_head, transformer_folder
+from llmc.compiler.loaders.tasks import SENTENCE_EMBEDDING, TASKS, check_task, infer_task, task_of
 
 
 def load_huggingface(
@@ -37,8 +37,8 @@ def load_huggingface(
     task = task or infer_task(checkpoint.architecture, pooled)
     head = read_head(folder) if task == SENTENCE_EMBEDDING else None
     _require_torch(folder)
-    from llmc.compiler.load.signature import signature_of
-    from llmc.compiler.load.torch_export import export, run_torch
+    from llmc.compiler.loaders.signature import signature_of
+    from llmc.compiler.loaders.torch_export import export, run_torch
 
     progress("reading weights")
     model, missing = _load_model(checkpoint, task, trust_remote_code)

@@ -70,14 +70,14 @@ def load(
     elif not HUB_ID.fullmatch(source) or path.suffix in (".onnx", *_REFUSED):
         raise LlmcError(f"'{source}' does not exist")
     if path.is_file():
-        from llmc.compiler.load.onnx_file import load_onnx
+        from llmc.compiler.loaders.onnx_file import load_onnx
 
         return load_onnx(path, task=task, opset=opset)
-    from llmc.compiler.load.huggingface import load_huggingface
+    from llmc.compiler.loaders.huggingface import load_huggingface
 
     fetched = not path.is_dir()
     if fetched:
-        from llmc.compiler.load.hub import fetch
+        from llmc.compiler.loaders.hub import fetch
 
         progress(f"fetching {source}")
         path = fetch(source, offline=offline)

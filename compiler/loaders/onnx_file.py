@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from llmc.compiler.data import index_bounds
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load import Loaded, digest_files
+from llmc.compiler.loaders import Loaded, digest_files
 from llmc.passes.graph import FileRegion, Graph, Weights, constants, from_model
 
 OPSETS = range(7, 27)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from llmc.compiler.load.quiet import quiet
+from llmc.compiler.loaders.quiet import quiet
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load.checkpoint import read_json
-from llmc.compiler.load.sentence_transformers import OUTPUTS, Head
-from llmc.compiler.load.tasks import TASKS
+from llmc.compiler.loaders.checkpoint import read_json
+from llmc.compiler.loaders.sentence_transformers import OUTPUTS, Head
+from llmc.compiler.loaders.tasks import TASKS
 from llmc.passes.graph import Variable
 
 Sizes = dict[str, int]

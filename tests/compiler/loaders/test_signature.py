@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load.signature import Signature, signature_of
+from llmc.compiler.loaders.signature import Signature, signature_of
 from llmc.passes.graph import shape_of
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load.checkpoint import open_checkpoint
-from llmc.compiler.load.huggingface import load_huggingface
-from llmc.compiler.load.tasks import infer_task
+from llmc.compiler.loaders.checkpoint import open_checkpoint
+from llmc.compiler.loaders.huggingface import load_huggingface
+from llmc.compiler.loaders.tasks import infer_task
 
 BERT: dict[str, Any] = {"architectures": ["BertModel"], "model_type": "bert"}
 WEIGHTS = {"w": np.zeros(3, np.float32)}

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.load.onnx_file import load_onnx
+from llmc.compiler.loaders.onnx_file import load_onnx
 from llmc.compiler.session import Session
 from llmc.passes.graph import FileRegion, constants, shape_of
 

@@ -1,0 +1,218 @@
+"""What the tensors of a graph look like on calibration data: statistics that stream, in one pass over the samples.
+
+Memory is one histogram a tensor and the tensors of one sample, however many and however large the samples are.
+A statistic depends on the values alone: not on their order, nor on how they were cut into samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+import numpy as np
+
+from llmc.compiler.errors import LlmcError
+from llmc.compiler.session import Session
+from llmc.passes.graph import Array, Graph
+from llmc.passes.quantize_int8 import LEVELS
+
+BINS = 4096
+"""Of a histogram; a power of two. The largest value stands in the upper half, so 16 bins or more make one step."""
+MIN_EXPONENT = -100
+"""Histograms reach at least 2**-100, so that no product of a float32 and their bin width is subnormal."""
+BLOCK = 1 << 18
+"""Values binned at a time: the temporaries stay in cache, and small beside any sample."""
+CANDIDATES = 256
+"""Clipping points that the searches try, evenly spaced up to the largest value."""
+EMPTY = 1e-4
+"""Values that a level with none counts as, where the clipped tail falls into it: else its divergence is infinite."""
+
+
+class Histogram:
+    """Magnitudes of one tensor, counted in `BINS` equal bins over [0, 2**exponent).
+
+    The range is the smallest power of two above every value. When it doubles, neighbouring bins merge; as bin
+    widths are powers of two, that gives exactly the counts that the wider bins would have had from the start.
+    Exact zeros are counted apart: every scale quantizes them without error.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Array = np.zeros(BINS, np.int64)
+        self.zeros = 0
+        self.exponent = MIN_EXPONENT
+        self.amax = 0.0
+
+    def add(self, values: Array) -> None:
+        """Count `values` (finite, any float dtype, any shape)."""
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, BLOCK):
+            self._add_block(np.abs(flat[start : start + BLOCK]).astype(np.float32, copy=False))
+
+    def _add_block(self, magnitudes: Array) -> None:
+        peak = float(magnitudes.max())
+        zeros = magnitudes.size - int(np.count_nonzero(magnitudes))
+        self.amax = max(self.amax, peak)
+        self._reach(math.frexp(peak)[1])
+        positions = (magnitudes * np.float32(1 / self.width)).astype(np.intp)
+        self.counts += np.bincount(positions, minlength=BINS)
+        self.counts[0] -= zeros
+        self.zeros += zeros
+
+    def _reach(self, exponent: int) -> None:
+        while self.exponent < exponent:
+            self.counts[: BINS // 2] = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts[BINS // 2 :] = 0
+            self.exponent += 1
+
+    @property
+    def width(self) -> float:
+        """Of one bin: a power of two."""
+        return math.ldexp(1.0 / BINS, self.exponent)
+
+    @property
+    def used(self) -> int:
+        """How many bins reach from 0 to the largest value."""
+        return int(self.amax / self.width) + 1
+
+
+# Where to clip: each method takes a histogram with at least one value above 0, and gives a magnitude
+
+
+def minmax(histogram: Histogram) -> float:
+    """The largest magnitude: nothing is clipped."""
+    return histogram.amax
+
+
+def percentile(histogram: Histogram, percent: float) -> float:
+    """The magnitude that `percent` of all values (zeros too) do not exceed, to within one bin."""
+    wanted = percent / 100 * (histogram.zeros + int(histogram.counts.sum())) - histogram.zeros
+    reached = np.cumsum(histogram.counts)
+    bin_ = int(np.searchsorted(reached, max(wanted, 1.0)))
+    return min((bin_ + 1) * histogram.width, histogram.amax)
+
+
+def mse(histogram: Histogram) -> float:
+    """The clipping point of the least mean squared error of rounding and clipping, with values uniform in a bin.
+
+    The error over a bin is an exact integral, so bins wider than a quantization step do no harm.
+    """
+    counts = histogram.counts[: histogram.used].astype(np.float64)
+    edges = np.arange(histogram.used + 1) * histogram.width
+    points = _candidates(histogram, least=histogram.amax / CANDIDATES)
+    errors = [float(counts @ np.diff(_integrated_squared_error(edges, point))) for point in points]
+    return points[int(np.argmin(errors))]
+
+
+def _integrated_squared_error(edges: Array, clip: float) -> Array:
+    """∫₀ˣ (t - quantized(t))² dt at every x of `edges`, for a quantizer of `LEVELS` steps up to `clip`."""
+    step = clip / LEVELS
+    level = np.minimum(np.rint(edges / step), LEVELS)
+    integral: Array = level * (step**3 / 12) + (edges - level * step) ** 3 / 3
+    return integral
+
+
+def entropy(histogram: Histogram) -> float:
+    """The clipping point whose quantized distribution has the least Kullback-Leibler divergence from the original.
+
+    As Migacz, "8-bit inference with TensorRT" (2017): the clipped tail is added to the last bin of the original
+    only. Levels are the quantizer's own (half a step for 0, one step for each other), zeros are left out.
+    """
+    counts = histogram.counts[: histogram.used].astype(np.float64)
+    points = _candidates(histogram, least=min(LEVELS * histogram.width, histogram.amax))
+    divergences = [_divergence(counts, math.ceil(point / histogram.width)) for point in points]
+    return points[int(np.argmin(divergences))]
+
+
+def _divergence(counts: Array, kept: int) -> float:
+    """KL divergence, in nats, of the first `kept` bins quantized to `LEVELS` levels from all bins clipped there."""
+    inside = counts[:kept]
+    original = inside.copy()
+    original[-1] += counts[kept:].sum()
+    occupied = original > 0
+    level = np.rint((np.arange(len(inside)) + 0.5) * (LEVELS / len(inside))).astype(np.intp)
+    mass = np.bincount(level, weights=inside, minlength=LEVELS + 1)
+    sharing = np.bincount(level, weights=occupied, minlength=LEVELS + 1)
+    quantized = np.maximum(mass, EMPTY)[level[occupied]] / sharing[level[occupied]]
+    p = original[occupied] / original.sum()
+    q = quantized / quantized.sum()
+    return float(p @ np.log(p / q))
+
+
+def _candidates(histogram: Histogram, least: float) -> list[float]:
+    return [float(point) for point in np.linspace(histogram.amax, least, CANDIDATES)]
+
+
+class SampledActivations:
+    """Statistics of a graph's tensors over samples, taken in ONNX Runtime. Implements `passes.base.Activations`.
+
+    `samples` is iterated anew for every question; `source` says in messages where they came from. What the user
+    should know about the data behind the answers collects in `warnings`.
+    """
+
+    def __init__(
+        self, samples: Iterable[Mapping[str, Array]], source: str = "the calibration data", random: bool = False
+    ) -> None:
+        self.samples = samples
+        self.source = source
+        self.warnings: list[str] = []
+        if random:
+            self.warnings.append(
+                "calibrated on RANDOM inputs: the scales fit no real data, accuracy will suffer; "
+                "give real samples with --calibration DATA"
+            )
+
+    def amax(
+        self, graph: Graph, tensors: Sequence[str], *, method: str, percentile: float, samples: int
+    ) -> dict[str, float]:
+        """For each tensor the magnitude that a symmetric quantizer should clip at; 0 where it is 0 throughout.
+
+        Uses the first `samples` samples, or all where there are fewer (and says so in `warnings`). Raises
+        LlmcError where there is no sample, or where a tensor is NaN or infinite on one.
+        """
+        clip = _clipping(method, percentile)
+        histograms = {tensor: Histogram() for tensor in tensors}
+        number = 0
+        for number, values in self._stream(graph, tensors, samples):
+            for tensor, value in values.items():
+                if not np.isfinite(value).all():
+                    raise LlmcError(
+                        f"calibration: tensor '{tensor}' is NaN or infinite on sample {number} of {self.source}; "
+                        "remove that sample, or exclude the nodes that use the tensor"
+                    )
+                histograms[tensor].add(value)
+        if number < samples:
+            self._warn(f"calibration asked for {samples} samples, {self.source} has {number}: used them all")
+        return {tensor: clip(h) if h.amax else 0.0 for tensor, h in histograms.items()}
+
+    def absolute_maximum(self, graph: Graph, tensors: Sequence[str]) -> dict[str, float]:
+        """The largest magnitude of each tensor over all samples; infinity or NaN where it gets there."""
+        peaks = dict.fromkeys(tensors, 0.0)
+        for _, values in self._stream(graph, tensors, None):
+            for tensor, value in values.items():
+                peaks[tensor] = float(np.maximum(peaks[tensor], np.max(np.abs(value), initial=0.0)))
+        return peaks
+
+    def _stream(
+        self, graph: Graph, tensors: Sequence[str], samples: int | None
+    ) -> Iterator[tuple[int, dict[str, Array]]]:
+        """Sample by sample (numbered from 1) the values of `tensors`; nothing of a sample outlives its turn."""
+        inputs = {tensor.name for tensor in graph.inputs}
+        computed = [tensor for tensor in tensors if tensor not in inputs]
+        session = Session(graph, computed)
+        number = 0
+        for number, feeds in enumerate(islice(self.samples, samples), 1):
+            given = {tensor: feeds[tensor] for tensor in tensors if tensor in inputs}
+            yield number, {**given, **(session.run(feeds, computed) if computed else {})}
+        if number == 0:
+            raise LlmcError(f"calibration: {self.source} has no samples; give some with --calibration DATA")
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+
+def _clipping(method: str, percent: float) -> Callable[[Histogram], float]:
+    if method == "percentile":
+        return lambda histogram: percentile(histogram, percent)
+    return {"minmax": minmax, "mse": mse, "entropy": entropy}[method]

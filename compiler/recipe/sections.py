@@ -1,0 +1,208 @@
+"""The sections of a recipe, each a frozen model that is also its own documentation and JSON Schema."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
+
+from llmc.compiler.targets import Profile, Range, TargetKind
+
+Metric = Literal["max_abs", "relative_l2", "cosine", "sqnr_db"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+AT_LEAST: frozenset[Metric] = frozenset({"cosine", "sqnr_db"})
+"""Metrics whose budget is a least value; the budget of every other one is a largest value."""
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+
+
+def _range(value: object) -> Range:
+    """`8`, `[1, 8, 32]` or `{min: 1, opt: 8, max: 32}` → Range."""
+    if isinstance(value, Range):
+        return value
+    if isinstance(value, Mapping) and set(value) == {"min", "opt", "max"}:
+        sizes = [value["min"], value["opt"], value["max"]]
+    else:
+        sizes = value if isinstance(value, list) else [value] * 3
+    if len(sizes) != 3 or not all(type(size) is int for size in sizes):
+        raise ValueError("should be one size (8), [min, opt, max], or {min: 1, opt: 8, max: 32}")
+    least, best, largest = sizes
+    if not 1 <= least <= best <= largest:
+        raise ValueError(f"sizes must rise from 1: min {least} ≤ opt {best} ≤ max {largest} does not hold")
+    return Range(least, best, largest)
+
+
+def _bytes(value: object) -> object:
+    """`'2GiB'` → 2147483648; anything that is not text is left to the type check."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", value.strip())
+    if not found or found[2] not in _UNITS:
+        raise ValueError(f"should be a number of bytes, or one with a unit ('512MiB', '2GiB'), got '{value}'")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _sm(value: object) -> object:
+    """`'sm80'` → 80; the major and minor number (8.0) is refused with the right form."""
+    if isinstance(value, str) and re.fullmatch(r"(?i)sm_?[0-9]{2,3}", value):
+        return int(value[2:].lstrip("_"))
+    if isinstance(value, float):
+        raise ValueError(f"should be written without the dot: {round(value * 10)}, not {value}")
+    return value
+
+
+_SIZE = {"type": "integer", "minimum": 1}
+Sizes = Annotated[
+    Range,
+    PlainValidator(_range),
+    PlainSerializer(asdict),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _SIZE,
+                {"type": "array", "items": _SIZE, "minItems": 3, "maxItems": 3},
+                {
+                    "type": "object",
+                    "properties": {"min": _SIZE, "opt": _SIZE, "max": _SIZE},
+                    "required": ["min", "opt", "max"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+Bytes = Annotated[
+    int,
+    Field(ge=1),
+    BeforeValidator(_bytes),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["2GiB"]}]}),
+]
+ComputeCapability = Annotated[
+    int,
+    Field(ge=50, le=199),
+    BeforeValidator(_sm),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "examples": [80, 86, 89, 120]},
+                {"type": "string", "pattern": "^[sS][mM]_?[0-9]{2,3}$"},
+            ]
+        }
+    ),
+]
+DimensionName = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: an unknown key is an error, and nothing is converted by guessing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """What is loaded, and the sizes of its dynamic dimensions."""
+
+    task: str | None = Field(None, description="What the model is for ('feature-extraction'); null: inferred from it.")
+    opset: int | None = Field(None, ge=17, le=24, description="ONNX opset to export at; null: the loader's choice.")
+    dimensions: dict[DimensionName, Sizes] = Field(
+        {}, description="Symbolic dimension → its sizes: one size, [min, opt, max], or {min, opt, max}."
+    )
+    inputs: dict[str, tuple[Annotated[int, Field(ge=1)] | DimensionName, ...]] = Field(
+        {}, description="Input of an ONNX model → its dimensions, by name or size, in place of those in the file."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class TargetSection(Section):
+    """What is built."""
+
+    kind: TargetKind = Field(
+        "auto", description="'auto': tensorrt where there is a GPU, else tensorrt-rtx, else onnxruntime."
+    )
+    compute_capabilities: tuple[ComputeCapability, ...] = Field(
+        (), description="GPU generations that the engine shall run on, as SM numbers; none: the target's default."
+    )
+    profiles: tuple[dict[DimensionName, Sizes], ...] = Field(
+        (), description="Optimization profiles, each over model.dimensions; none: one profile of model.dimensions."
+    )
+    workspace: Bytes | None = Field(None, description="Scratch memory that the builder may plan with; null: no limit.")
+
+    @model_validator(mode="after")
+    def _no_duplicates(self) -> Self:
+        if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
+            raise ValueError("compute_capabilities names one twice")
+        return self
+
+
+class Budgets(Section):
+    """How far outputs may be from the reference's; null: no limit."""
+
+    cosine: float | None = Field(None, ge=-1, le=1, description="Least mean cosine similarity of rows.")
+    max_abs: float | None = Field(None, ge=0, description="Largest absolute difference.")
+    relative_l2: float | None = Field(None, ge=0, description="Largest L2 norm of the difference over the reference's.")
+    sqnr_db: float | None = Field(None, description="Least signal over difference, in decibels.")
+
+    def limits(self) -> dict[str, float]:
+        """The metrics that have a budget."""
+        return {metric: limit for metric, limit in self if limit is not None}
+
+
+class VerifySection(Section):
+    """How each step is compared with the loaded model."""
+
+    inputs: Path | None = Field(
+        None, description="Folder of .npz files, or text file with one sample a line; null: generated samples."
+    )
+    samples: int = Field(10, ge=1, description="Largest number of samples that are run.")
+    seed: int = Field(0, ge=0, description="Of generated samples.")
+    metrics: tuple[Metric, ...] = Field(METRICS, min_length=1, description="What is measured.")
+    mode: Literal["every-pass", "final"] = Field("every-pass", description="After which steps outputs are compared.")
+    budgets: Budgets = Field(Budgets(), description="Must hold after every step that is compared.")
+    pass_budgets: dict[str, Budgets] = Field(
+        {}, description="Pass → budgets that stand in for the general ones after this pass."
+    )
+    on_failure: Literal["fail", "warn"] = Field("fail", description="What a broken budget does to the compile.")
+
+    @model_validator(mode="after")
+    def _budgets_are_measured(self) -> Self:
+        for budgets in (self.budgets, *self.pass_budgets.values()):
+            unmeasured = set(budgets.limits()) - set(self.metrics)
+            if unmeasured:
+                raise ValueError(f"has a budget for {', '.join(sorted(unmeasured))}, which metrics leaves out")
+        return self
+
+    def limits(self, key: str | None = None) -> dict[str, float]:
+        """Metric → limit after the pass `key`, or for the loaded graph (None)."""
+        special = self.pass_budgets.get(key or "", Budgets())
+        return self.budgets.limits() | special.limits()
+
+
+class Document(Section):
+    """A whole recipe; `passes` are checked by their own classes."""
+
+    model: ModelSection = ModelSection()
+    passes: tuple[Any, ...]
+    target: TargetSection = TargetSection()
+    verify: VerifySection = VerifySection()
+
+
+def overlay(dimensions: Profile, profiles: tuple[Profile, ...]) -> tuple[Profile, ...]:
+    """Each profile over the model's dimensions; the dimensions themselves where there is no profile."""
+    return tuple({**dimensions, **profile} for profile in profiles or ({},))
