@@ -53,7 +53,8 @@ class Histogram:
         peak = float(magnitudes.max())
         zeros = magnitudes.size - int(np.count_nonzero(magnitudes))
         self.amax = max(self.amax, peak)
-        self._reach(math.frexp(peak)[1])
+        if peak:  # frexp(0) has the exponent 0, which is no small one
+            self._reach(math.frexp(peak)[1])
         positions = (magnitudes * np.float32(1 / self.width)).astype(np.intp)
         self.counts += np.bincount(positions, minlength=BINS)
         self.counts[0] -= zeros

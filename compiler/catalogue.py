@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -80,3 +81,18 @@ def render_pass(kind: type[Pass], console: Console) -> None:
         console.print(table)
     if kind.after:
         console.print(f"\nStands after {', '.join(kind.after)} in a recipe.")
+
+
+def markdown() -> str:
+    """The catalogue page: every pass with its description and parameters."""
+    parts = ["# Passes", "", "Made from the pass classes by `make schema`; `llmc passes NAME` prints the same.", ""]
+    parts += [f"- [{kind.key()}](#{kind.key()}) ({kind.safety}): {kind.summary()}" for kind in discover().values()]
+    for kind in discover().values():
+        parts += ["", f"## {kind.key()}", "", inspect.cleandoc(kind.__doc__ or "")]
+        rows = list(parameters(kind))
+        if rows:
+            parts += ["", "| Parameter | Default | |", "|---|---|---|"]
+            parts += [f"| `{row['name']}` | `{json.dumps(row['default'])}` | {row['description']} |" for row in rows]
+        if kind.after:
+            parts += ["", f"Stands after {', '.join(f'`{key}`' for key in kind.after)} in a recipe."]
+    return "\n".join(parts) + "\n"

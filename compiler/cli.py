@@ -114,16 +114,36 @@ def compile_command(
 @app.command("passes")
 def passes_command(
     name: Annotated[str | None, typer.Argument(help="Key of a pass: describe it in full.", show_default=False)] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the catalogue page, docs/passes.md.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the passes, or describe one: what it does, how safe it is, its parameters."""
     from llmc.compiler import catalogue
 
-    if name is None:
+    if as_markdown:
+        typer.echo(catalogue.markdown(), nl=False)
+    elif name is None:
         _print(catalogue.as_json(), as_json, catalogue.render_list)
     else:
         kind = catalogue.find(name)
         _print(catalogue.describe(kind), as_json, lambda console: catalogue.render_pass(kind, console))
+
+
+@app.command("explain")
+def explain_command(
+    model: Model,
+    key: Annotated[str, typer.Option("--pass", metavar="PASS", help="Key of the pass.", show_default=False)],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Its passes run first, up to this one.")] = "optimize",
+    as_json: Json = False,
+) -> None:
+    """Show every place where a pass fired or came close, and the first thing that stopped it."""
+    from llmc.compiler.explain import explain, render
+    from llmc.compiler.recipe import Recipe
+
+    with _progress() as progress:
+        progress(f"running the passes up to {key}")
+        found = explain(model, key, Recipe.load(recipe))
+    _print(found.as_json(), as_json, lambda console: render(found, console))
 
 
 @app.command("inspect")
@@ -181,9 +201,9 @@ def recipe_check(
 @recipes.command("schema")
 def recipe_schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from llmc.compiler.recipe.schema import json_schema
+    from llmc.compiler.recipe.schema import schema_text
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    typer.echo(schema_text(), nl=False)
 
 
 def _print(value: object, as_json: bool, render: Callable[[Any], None]) -> None:

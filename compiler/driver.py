@@ -246,7 +246,7 @@ def _run_passes(
     every = run.plan.recipe.verify.mode == "every-pass"
     for step in pipeline.run(graph, passes, provider, begin, stop_after_rewrite):
         run.plan.seconds[f"{step.index} {step.key}"] = step.seconds
-        line = _pass_report(step, passes[step.index - 1])
+        line = _pass_report(step, run.plan.recipe)
         run.steps.append(line)
         _remember_precision(run, step.result)
         if step.key in activations:
@@ -284,14 +284,15 @@ def _remember_precision(run: Run, result: PassResult) -> None:
     run.kept.update(result.kept)
 
 
-def _pass_report(step: pipeline.Step, parameters: Pass) -> PassReport:
+def _pass_report(step: pipeline.Step, recipe: Recipe) -> PassReport:
     result = step.result
+    written = recipe.document()["passes"][step.index - 1]
     return PassReport(
         index=step.index,
         key=step.key,
         status="skipped" if step.skipped else "done",
         reason=step.skipped,
-        parameters=parameters.model_dump(mode="json"),
+        parameters=written[step.key] if isinstance(written, dict) else {},
         nodes_before=step.operators_before,
         nodes_after=count_operators(step.graph),
         weight_bytes_after=_bytes(step.graph),

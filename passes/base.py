@@ -137,7 +137,7 @@ def discover() -> Mapping[str, type[Pass]]:
     found: dict[str, type[Pass]] = {}
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         for value in vars(importlib.import_module(module.name)).values():
-            if isinstance(value, type) and issubclass(value, Pass) and value.__module__ == module.name:
-                if hasattr(value, "safety"):
-                    found[value.key()] = value
+            own = isinstance(value, type) and value.__module__ == module.name
+            if own and issubclass(value, Pass) and hasattr(value, "safety"):
+                found[value.key()] = value
     return MappingProxyType(dict(sorted(found.items())))

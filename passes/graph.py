@@ -7,12 +7,15 @@ on graphsurgeon's classes.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -110,8 +113,10 @@ class Structure:
 def unpack_four_bit(raw: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     """Two values a byte, the first in the low nibble (ONNX, "4-bit integer types") → one value an element."""
     nibbles = np.stack([raw & 0x0F, raw >> 4], axis=-1).reshape(-1)[: prod(shape)]
-    return nibbles.astype(np.uint8).view(dtype).reshape(shape) if dtype != ml_dtypes.int4 else (
-        ((nibbles.astype(np.int8) ^ 8) - 8).astype(ml_dtypes.int4).reshape(shape)
+    return (
+        nibbles.astype(np.uint8).view(dtype).reshape(shape)
+        if dtype != ml_dtypes.int4
+        else (((nibbles.astype(np.int8) ^ 8) - 8).astype(ml_dtypes.int4).reshape(shape))
     )
 
 
@@ -124,6 +129,7 @@ def stored_bytes(onnx_dtype: int, count: int) -> int:
     return count * numpy_dtype(onnx_dtype).itemsize
 
 
+@cache
 def numpy_dtype(onnx_dtype: int) -> np.dtype[Any]:
     """The NumPy (or ml_dtypes) type of an ONNX element type."""
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(onnx_dtype))
@@ -192,7 +198,22 @@ def from_structure(structure: Structure) -> Graph:
     return _import(structure.model, _Importer(None, structure.weights))
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No cyclic garbage collection inside: while a graph is built it finds nothing, and takes half of the time."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@_collector_paused()
 def _import(model: onnx.ModelProto, importer: _Importer) -> Graph:
+    importer.declared.update(_declarations(model.graph))
+    importer.names.update(importer.declared)
     graph = importer.graph(model.graph, {})
     graph.import_domains = list(model.opset_import)
     graph.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
@@ -202,11 +223,23 @@ def _import(model: onnx.ModelProto, importer: _Importer) -> Graph:
     return graph
 
 
+def _declarations(proto: onnx.GraphProto) -> Iterator[str]:
+    """The names of a graph's values, once for each scope that declares them."""
+    made = {name for node in proto.node for name in node.output}
+    yield from made | {value.name for value in (*proto.input, *proto.initializer)}
+    for node in proto.node:
+        for attribute in node.attribute:
+            if attribute.type == attribute.GRAPH:
+                yield from _declarations(attribute.g)
+
+
 class _Importer:
     def __init__(self, folder: Path | None, weights: Mapping[str, Array | Weights]) -> None:
         self.folder = folder
         self.weights = weights
         self.names: set[str] = set()
+        self.node_names: set[str] = set()
+        self.declared: Counter[str] = Counter()
 
     def graph(self, proto: onnx.GraphProto, outer: Mapping[str, Tensor]) -> Graph:
         scope: dict[str, Tensor] = {}
@@ -246,7 +279,7 @@ class _Importer:
                 attributes[attribute.name] = value
         node = Node(
             op=proto.op_type,
-            name=proto.name,
+            name=self.node_name(proto),
             attrs=attributes,
             inputs=[_lookup(name, scope, outer) for name in proto.input],
             outputs=[_lookup(name, scope, {}) for name in proto.output],
@@ -258,6 +291,10 @@ class _Importer:
             metadata(node).update({entry.key: entry.value for entry in proto.metadata_props})
         node.doc_string = proto.doc_string
         return node
+
+    def node_name(self, proto: onnx.NodeProto) -> str:
+        """The node's name, or that of its first output where it has none; unique, since reports go by it."""
+        return _free_name(proto.name or next((name for name in proto.output if name), proto.op_type), self.node_names)
 
     def attribute(self, proto: onnx.AttributeProto, scope: Mapping[str, Tensor]) -> Any:
         """The value as graphsurgeon holds it; None for what it cannot hold."""
@@ -281,11 +318,8 @@ class _Importer:
 
     def unique(self, constant: Constant) -> Constant:
         """Constants of all scopes will be declared side by side: sibling subgraphs may have used one name twice."""
-        name, count = constant.name, 0
-        while constant.name in self.names:
-            count += 1
-            constant.name = f"{name}_{count}"
-        self.names.add(constant.name)
+        if self.declared[constant.name] > 1:
+            constant.name = _free_name(constant.name, self.names)
         return constant
 
     def constant(self, tensor: onnx.TensorProto) -> Constant:
@@ -302,12 +336,15 @@ class _Importer:
     def region(self, tensor: onnx.TensorProto, nbytes: int) -> FileRegion:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
-        offset = int(entries.get("offset", "0"))
+        given = entries.get("offset", "0")
+        if not given.isdigit():
+            raise ValueError(f"tensor '{tensor.name}': external data offset '{given}' is not a number of bytes")
+        offset = int(given)
         if self.folder is None:
             raise ValueError(f"tensor '{tensor.name}' has external data in '{location}', but no folder is given")
         path = self.folder / location
         inside = os.path.realpath(path).startswith(os.path.realpath(self.folder) + os.sep)
-        if not location or os.path.isabs(location) or not inside:
+        if not location or Path(location).is_absolute() or not inside:
             raise ValueError(f"tensor '{tensor.name}': external data '{location}' is outside the model's folder")
         if not path.is_file():
             raise ValueError(f"tensor '{tensor.name}': external data file '{path}' is missing")
@@ -335,18 +372,23 @@ def _variable(info: onnx.ValueInfoProto) -> Variable:
         variable = Variable(info.name, type=kind or "tensor_type")
         variable.type_proto = info.type
         return variable
-    tensor = info.type.tensor_type
+    dtype, shape = _tensor_type(info.type.tensor_type)
+    return Variable(info.name, dtype=dtype, shape=shape)
+
+
+def _tensor_type(proto: onnx.TypeProto.Tensor) -> tuple[np.dtype[Any] | None, list[int | str | None] | None]:
+    """Element type and shape, None for what is not known."""
     shape = None
-    if tensor.HasField("shape"):
-        shape = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in tensor.shape.dim]
-    return Variable(info.name, dtype=tensor.elem_type and numpy_dtype(tensor.elem_type) or None, shape=shape)
+    if proto.HasField("shape"):
+        shape = [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in proto.shape.dim]
+    return numpy_dtype(proto.elem_type) if proto.elem_type else None, shape
 
 
 def _constant_value(proto: onnx.NodeProto) -> onnx.TensorProto | None:
     """The tensor that a Constant node holds; None for sparse values, which stay a node."""
     (attribute,) = proto.attribute
     if attribute.name == "value":
-        return attribute.t
+        return cast(onnx.TensorProto, attribute.t)
     makers: dict[str, Any] = {
         "value_float": lambda a: np.array(a.f, np.float32),
         "value_floats": lambda a: np.array(a.floats, np.float32),
@@ -370,6 +412,7 @@ def _dense(sparse: onnx.SparseTensorProto) -> Array:
 # Graph → ONNX
 
 
+@_collector_paused()
 def to_structure(graph: Graph, *, inline_below: int = SMALL) -> Structure:
     """The model with every constant of `inline_below` bytes or more left out, as a reference to external data."""
     weights: dict[str, Array | Weights] = {}
@@ -415,7 +458,7 @@ def save_model(graph: Graph, path: Path, *, inline_below: int | None = None) -> 
 def constants(graph: Graph) -> Iterator[Constant]:
     """Every constant that the graph or a subgraph uses, once each, in order of first use."""
     seen: set[int] = set()
-    for scope in (graph, *graph.subgraphs(recursive=True)):
+    for scope in scopes(graph):
         for tensor in (*(t for node in scope.nodes for t in node.inputs), *scope.outputs):
             if isinstance(tensor, Constant) and id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -432,13 +475,15 @@ def raw_values(values: Array | Weights, onnx_dtype: int) -> memoryview:
     array = values.load() if isinstance(values, Weights) else values
     if onnx_dtype in FOUR_BIT:
         return memoryview(onnx.numpy_helper.from_array(array).raw_data)
-    return memoryview(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+    return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
 
 
-def _export_graph(graph: Graph, weights: dict[str, Array | Weights], inline_below: int, outer: bool = True) -> onnx.GraphProto:
+def _export_graph(
+    graph: Graph, weights: dict[str, Array | Weights], inline_below: int, outer: bool = True
+) -> onnx.GraphProto:
     """One graph proto. The outermost declares the constants of all, so that subgraphs may share them; only a
     subgraph's own outputs must be declared inside it."""
-    inner_outputs = {id(t) for sub in graph.subgraphs(recursive=True) for t in sub.outputs} if outer else set()
+    inner_outputs = {id(t) for sub in scopes(graph)[1:] for t in sub.outputs} if outer else set()
     declared = (
         [c for c in constants(graph) if id(c) not in inner_outputs]
         if outer
@@ -458,8 +503,13 @@ def _export_graph(graph: Graph, weights: dict[str, Array | Weights], inline_belo
 
 
 def _export_node(node: Node, weights: dict[str, Array | Weights], inline_below: int) -> onnx.NodeProto:
-    proto = onnx.helper.make_node(
-        node.op, [t.name for t in node.inputs], [t.name for t in node.outputs], name=node.name, domain=node.domain
+    proto = onnx.NodeProto(
+        op_type=node.op,
+        input=[t.name for t in node.inputs],
+        output=[t.name for t in node.outputs],
+        name=node.name,
+        domain=node.domain,
+        doc_string=node.__dict__.get("doc_string", ""),
     )
     for name, value in node.attrs.items():
         if isinstance(value, Graph):
@@ -467,10 +517,9 @@ def _export_node(node: Node, weights: dict[str, Array | Weights], inline_below: 
         elif isinstance(value, Constant):
             value = _export_constant(value, {}, 1 << 62)
         proto.attribute.append(onnx.helper.make_attribute(name, value))
-    proto.attribute.extend(extra_attributes(node))
-    for key, text in metadata(node).items():
+    proto.attribute.extend(node.__dict__.get("extra_attributes", ()))
+    for key, text in node.__dict__.get("metadata", {}).items():
         proto.metadata_props.add(key=key, value=text)
-    proto.doc_string = node.__dict__.get("doc_string", "")
     return proto
 
 
@@ -517,7 +566,7 @@ def _opset_imports(graph: Graph) -> list[onnx.OperatorSetIdProto]:
     """The declared domains, and version 1 of every other one that a node uses; the default domain at `graph.opset`."""
     versions = {o.domain if o.domain != "ai.onnx" else "": o.version for o in graph.import_domains or []}
     versions[""] = graph.opset
-    for scope in (graph, *graph.subgraphs(recursive=True)):
+    for scope in scopes(graph):
         for node in scope.nodes:
             if node.domain and node.domain != "ai.onnx":
                 versions.setdefault(node.domain, 1)
@@ -529,7 +578,10 @@ def _opset_imports(graph: Graph) -> list[onnx.OperatorSetIdProto]:
 
 def scopes(graph: Graph) -> list[Graph]:
     """The graph and its subgraphs, outer ones before inner ones."""
-    return [graph, *graph.subgraphs(recursive=True)]
+    found = [graph]
+    for scope in found:
+        found.extend(v for node in scope.nodes if node.attrs for v in node.attrs.values() if isinstance(v, Graph))
+    return found
 
 
 def outputs_of_scopes(graph: Graph) -> set[int]:
@@ -551,18 +603,32 @@ def to_node(node: Node) -> onnx.NodeProto:
 def fresh_names(graph: Graph) -> Callable[[str], str]:
     """A function that makes names for nodes and tensors which nothing in the graph or its subgraphs has yet."""
     taken: set[str] = set()
-    for scope in scopes(graph):
-        taken.update(t.name for t in (*scope.inputs, *scope.outputs))
-        for node in scope.nodes:
-            taken.update((node.name, *(t.name for t in (*node.inputs, *node.outputs))))
 
     def fresh(wanted: str) -> str:
-        numbered = (f"{wanted}_{i}" for i in itertools.count(1))
-        name = next(n for n in itertools.chain([wanted], numbered) if n not in taken)
-        taken.add(name)
-        return name
+        if not taken:
+            taken.update(_names(graph))
+        return _free_name(wanted, taken)
 
     return fresh
+
+
+def _names(graph: Graph) -> Iterator[str]:
+    """The names of all nodes and tensors, '' among them."""
+    yield ""
+    for scope in scopes(graph):
+        yield from (t.name for t in (*scope.inputs, *scope.outputs))
+        for node in scope.nodes:
+            yield node.name
+            yield from (t.name for t in (*node.inputs, *node.outputs))
+
+
+def _free_name(wanted: str, taken: set[str]) -> str:
+    """`wanted`, or with the first number behind it that makes a name not in `taken`; then it is."""
+    name = wanted
+    if name in taken:
+        name = next(n for n in (f"{wanted}_{i}" for i in itertools.count(1)) if n not in taken)
+    taken.add(name)
+    return name
 
 
 def replace_uses(old: Tensor, new: Tensor) -> None:
@@ -574,6 +640,18 @@ def replace_uses(old: Tensor, new: Tensor) -> None:
             if tensor is old:
                 list.__setitem__(node.inputs, index, new)
                 list.append(new.outputs, node)
+
+
+def rewire(edges: Iterable[tuple[Node, int, Tensor]]) -> None:
+    """Let each node read the given tensor at the given position. Linear in the edges of the tensors that it touches."""
+    left: dict[int, Tensor] = {}
+    for node, index, tensor in edges:
+        left[id(node.inputs[index])] = node.inputs[index]
+        list.__setitem__(node.inputs, index, tensor)
+        list.append(tensor.outputs, node)
+    for tensor in left.values():
+        users = {id(node): node for node in tensor.outputs}.values()
+        list.__setitem__(tensor.outputs, slice(None), [n for n in users for read in n.inputs if read is tensor])
 
 
 def remove_nodes(scope: Graph, nodes: Iterable[Node]) -> None:
@@ -639,24 +717,23 @@ def _drop(nodes: list[Node], node: Node) -> None:
             return
 
 
+@_collector_paused()
 def infer_shapes(graph: Graph) -> None:
     """Write the types and shapes that ONNX's inference finds (data propagation on) to the graph's tensors.
 
     Weights are not read. A shape known before and lost by the inference is kept.
     """
-    structure = to_structure(graph)
-    inferred = onnx.shape_inference.infer_shapes(structure.model, data_prop=True).graph
-    found = {info.name: info for info in (*inferred.value_info, *inferred.output)}
-    for node in graph.nodes:
-        for tensor in node.outputs:
-            info = found.get(tensor.name)
-            if info is None or info.type.WhichOneof("value") != "tensor_type" or isinstance(tensor, Constant):
-                continue
-            new = _variable(info)
-            if new.dtype is not None:
-                tensor.dtype = new.dtype
-            if new.shape is not None:
-                tensor.shape = _merge_shapes(tensor.shape, new.shape)
+    inferred = onnx.shape_inference.infer_shapes(to_structure(graph).model, data_prop=True).graph
+    made = {t.name: t for node in graph.nodes for t in node.outputs if not isinstance(t, Constant)}
+    for info in (*inferred.value_info, *inferred.output):
+        tensor = made.get(info.name)
+        if tensor is None or info.type.WhichOneof("value") != "tensor_type":
+            continue
+        dtype, shape = _tensor_type(info.type.tensor_type)
+        if dtype is not None:
+            tensor.dtype = dtype
+        if shape is not None:
+            tensor.shape = _merge_shapes(tensor.shape, shape)
 
 
 def _merge_shapes(old: list[int | str | None] | None, new: list[int | str | None]) -> list[int | str | None]:

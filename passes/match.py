@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from llmc.passes.graph import Array, Constant, Graph, Node, Tensor, constant_source, constant_value
+from llmc.passes.graph import Array, Constant, Graph, Node, Tensor, constant_source, constant_value, onnx_dtype
 from llmc.passes.pattern import (
     ATTRIBUTE_BECAME_INPUT,
+    Attributes,
     Either,
     Operator,
     Output,
@@ -25,8 +27,11 @@ from llmc.passes.pattern import (
 )
 
 COMMUTATIVE = {"Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum"}
+BROADCASTING = COMMUTATIVE | {"Sub", "Div", "Pow", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where"}
 RELATIVE_TOLERANCE = 1e-3
 """Constants match within this: FP16 has 11 bits, so a rounded constant is off by at most 2^-11 = 4.9e-4."""
+BFLOAT16_TOLERANCE = 4e-3
+"""The same for constants in bfloat16, which has 8 bits: off by at most 2^-8 = 3.9e-3."""
 
 
 @dataclass
@@ -75,9 +80,9 @@ class Matcher:
         """The match whose first root is `node`; None, with the reason in `failure`."""
         self.failure = Failure()
         for match in self._roots(node):
-            problem = self._escape(match) or self._refusal(match)
+            problem = self._escape(match) or self._widened(match) or self._refusal(match)
             if problem is None:
-                return match
+                return self._without_shared_shapes(match)
             self.failure.note(1 << 20, lambda problem=problem: problem)  # type: ignore[misc]
         return None
 
@@ -101,15 +106,20 @@ class Matcher:
                     yield from self._others(roots[1:], wider)
 
     def _refusal(self, match: Match) -> str | None:
-        return self.rule.check(*self.arguments(match))
+        reason: str | None = self.call(self.rule.check, match)
+        return reason
 
-    def arguments(self, match: Match) -> list[Any]:
-        """What `check` and `replace` get for the pattern's parameters."""
-        given = []
+    def call(self, method: Callable[..., Any], match: Match, *before: Any) -> Any:
+        """Call `check` or `replace` with those of the pattern's parameters that it names; with all, if it takes any."""
+        bound = {}
         for parameter in self.rule.parameters:
-            value = match.bindings.get(parameter.name)
-            given.append(float(value.reshape(-1)[0]) if parameter.kind is Scalar and value is not None else value)
-        return given
+            value: Any = match.bindings.get(parameter.name)
+            single = parameter.kind is Scalar and value is not None
+            bound[parameter.name] = float(value.reshape(-1)[0]) if single else value
+        wanted = list(inspect.signature(method).parameters.values())[len(before) :]
+        if any(p.kind is p.VAR_POSITIONAL for p in wanted):
+            return method(*before, *bound.values())
+        return method(*before, **{p.name: bound[p.name] for p in wanted})
 
     def refused(self, node: Node) -> str:
         """Why there is no match at `node`."""
@@ -125,9 +135,32 @@ class Matcher:
                 if id(tensor) in self.outputs:
                     return f"'{tensor.name}', inside the pattern, is an output of the graph"
                 user = next((n for n in tensor.outputs if id(n) not in inside), None)
-                if user is not None:
+                if user is not None and node.op != "Shape":
                     return f"'{tensor.name}', inside the pattern, is also used by {called(user)}"
         return None
+
+    def _widened(self, match: Match) -> str | None:
+        """A constant of one element may have more axes than what it meets ([1, 1, 1] and [4]): they would be lost."""
+        for node in match.nodes.values():
+            for tensor in node.inputs if node.op in BROADCASTING else ():
+                source = constant_source(tensor)
+                if source is None or prod(source.shape) != 1:
+                    continue
+                known = [len(t.shape) for t in node.inputs if t is not tensor and t.shape is not None]
+                if len(source.shape) > max(known, default=1):
+                    shape = list(source.shape)
+                    return f"'{tensor.name}' has shape {shape}, and may add axes to what {called(node)} makes"
+        return None
+
+    def _without_shared_shapes(self, match: Match) -> Match:
+        """A Shape inside the pattern that others read too costs nothing: it stays for them."""
+        inside = {id(node) for node in match.nodes.values()}
+        nodes = {
+            key: node
+            for key, node in match.nodes.items()
+            if node.op != "Shape" or all(id(user) in inside for user in node.outputs[0].outputs)
+        }
+        return Match(match.bindings, nodes, match.roots)
 
     def _value(self, value: Value | None, tensor: Tensor | None, match: Match, depth: int) -> Iterator[Match]:
         """Every way in which `tensor` can be `value`, given what `match` has bound."""
@@ -178,7 +211,8 @@ class Matcher:
             self.failure.note(depth, lambda: f"'{tensor.name}' is {_kind(tensor)}, where {number:.6g} is needed")
             return
         found = float(value.reshape(-1)[0])
-        if abs(found - number) <= RELATIVE_TOLERANCE * abs(number):
+        rounded = onnx_dtype(constant_source(tensor)) == onnx.TensorProto.BFLOAT16
+        if abs(found - number) <= (BFLOAT16_TOLERANCE if rounded else RELATIVE_TOLERANCE) * abs(number):
             yield match
         else:
             self.failure.note(depth, lambda: f"'{tensor.name}' is {found:.6g}, {self.rule.name} needs {number:.6g}")
@@ -227,7 +261,15 @@ class Matcher:
         """The bindings with this node's attributes, None where one of them is not what the pattern says."""
         bound = dict(bindings)
         defaults = self.defaults[id(pattern)]
-        for name in {*pattern.attributes, *node.attrs, *defaults}:
+        named = set(pattern.attributes)
+        for name, wanted in pattern.attributes.items():
+            if isinstance(wanted, Parameter) and wanted.kind is Attributes:
+                named.discard(name)
+                bound[wanted.name] = {key: value for key, value in node.attrs.items() if key not in named}
+        for name in named if len(named) < len(pattern.attributes) else {*named, *node.attrs, *defaults}:
+            if name in pattern.attributes and _is_computed(node, name):
+                self.failure.note(depth, lambda n=name: f"{called(node)} computes its {n}")  # type: ignore[misc]
+                return None
             found = attribute(node, name, defaults.get(name))
             wanted = pattern.attributes.get(name, defaults.get(name))
             if isinstance(wanted, Parameter):
@@ -257,6 +299,14 @@ def attribute(node: Node, name: str, default: object = None) -> Any:
         value = constant_value(node.inputs[position])
         return None if value is None else value.tolist()
     return default
+
+
+def _is_computed(node: Node, name: str) -> bool:
+    """Whether what was an attribute once is an input here, and no constant."""
+    position, _ = ATTRIBUTE_BECAME_INPUT.get(node.op, {}).get(name, (0, 0))
+    if name in node.attrs or not position or len(node.inputs) <= position or node.inputs[position].is_empty():
+        return False
+    return constant_source(node.inputs[position]) is None
 
 
 def _data_inputs(pattern: Operator, node: Node) -> list[Tensor]:
@@ -309,7 +359,12 @@ def _single(tensor: Tensor) -> Array | None:
 
 def _is(node: Node, pattern: Operator) -> bool:
     domain = node.domain if node.domain not in (None, "ai.onnx") else ""
-    return bool(node.op == pattern.op and domain == pattern.domain)
+    return operator_of(node) == pattern.op and domain == pattern.domain
+
+
+def operator_of(node: Node) -> str:
+    """The operator that a node is to a pattern: a Sum of two tensors is an Add."""
+    return "Add" if node.op == "Sum" and len(node.inputs) == 2 else str(node.op)
 
 
 def _bound(value: Value | None, match: Match) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llmc.passes.graph import Array, Constant, Node, Tensor, Variable
+from llmc.passes.graph import Array, Constant, Node, Tensor, Variable, Weights, numpy_dtype
 
 ATTRIBUTE_BECAME_INPUT: dict[str, dict[str, tuple[int, int]]] = {
     **{
@@ -42,11 +42,18 @@ class Attribute:
     """Annotation: the parameter is the value of an attribute."""
 
 
+class Attributes:
+    """Annotation: all attributes of a node that the pattern does not name, whatever they are, as a dict.
+
+    `op.Conv(x, weight, others=attributes)` matches them and, in a replacement, sets them again; the keyword is free.
+    """
+
+
 class Rest:
     """Annotation: the parameter is the list of all inputs from this one on."""
 
 
-KINDS = {kind.__name__: kind for kind in (Weight, Scalar, Attribute, Rest)}
+KINDS = {kind.__name__: kind for kind in (Weight, Scalar, Attribute, Attributes, Rest)}
 
 
 # What a pattern is made of
@@ -103,8 +110,8 @@ class Tracer:
 class Builder:
     """`op` while nodes are made: in a replacement, or in an example that is built from a pattern.
 
-    Numbers become constants of the type of the first tensor input. `choose` says which option of each `either` to
-    take, in the order of the calls (examples only).
+    Numbers become constants of the type of the first tensor input; an attribute that is None is left out. `choose`
+    says which option of each `either` to take, in the order of the calls (examples only).
     """
 
     def __init__(
@@ -119,16 +126,16 @@ class Builder:
             inputs = [i for w in wanted for i in (w if isinstance(w, list | tuple) else (w,))]
             like = next((i.dtype for i in inputs if isinstance(i, Tensor) and i.dtype is not None), np.float32)
             given = [self._tensor(i, like) for i in inputs]
-            kept: dict[str, Any] = {}
-            for key, value in attributes.items():
-                position, since = ATTRIBUTE_BECAME_INPUT.get(name, {}).get(key, (0, 1 << 30))
-                if self._opset < since:
-                    kept[key] = value
-                    continue
-                given.extend(Variable.empty() for _ in range(position + 1 - len(given)))
-                given[position] = self._tensor(np.asarray(value), np.int64)
+            for key in [key for key, value in attributes.items() if isinstance(value, dict)]:
+                attributes |= attributes.pop(key)
+            kept = {key: value for key, value in attributes.items() if value is not None}
+            for key, (position, since) in sorted(ATTRIBUTE_BECAME_INPUT.get(name, {}).items(), key=lambda e: e[1]):
+                if key in attributes and self._opset >= since:
+                    given.extend(Variable.empty() for _ in range(position - len(given)))
+                    given.insert(position, self._attribute_input(kept.pop(key, None), like))
             node_name = self._fresh(f"{self._scope}.{name}" if self._scope else name)
-            made = [Variable(self._fresh(f"{node_name}_out"), dtype=like) for _ in range(outputs)]
+            dtype = _result_dtype(name, attributes, like)
+            made = [Variable(self._fresh(f"{node_name}_out"), dtype=dtype) for _ in range(outputs)]
             while given and given[-1].is_empty():
                 given.pop()
             self.nodes.append(Node(name, node_name, kept, given, made, domain or None))
@@ -144,13 +151,27 @@ class Builder:
     def optional(self, value: Any) -> Any:
         return self.either(value, None)
 
-    def _tensor(self, value: Tensor | Array | float | None, like: Any) -> Tensor:
+    def _attribute_input(self, value: object, like: Any) -> Tensor:
+        """What was an attribute once: integers stay integers, numbers get the type of the first tensor input."""
+        if value is None:
+            return Variable.empty()
+        array = np.asarray(value)
+        return self._tensor(array.astype(like) if array.dtype.kind == "f" else array, like)
+
+    def _tensor(self, value: Tensor | Array | Weights | float | None, like: Any) -> Tensor:
         if value is None:
             return Variable.empty()
         if isinstance(value, Tensor):
             return value
-        array = value if isinstance(value, np.ndarray) else np.asarray(value, dtype=like)
-        return Constant(self._fresh(f"{self._scope}.constant" if self._scope else "constant"), array)
+        held = value if isinstance(value, np.ndarray | Weights) else np.asarray(value, dtype=like)
+        return Constant(self._fresh(f"{self._scope}.constant" if self._scope else "constant"), held)
+
+
+def _result_dtype(op: str, attributes: dict[str, Any], like: Any) -> Any:
+    """The type that most operators make is that of their first tensor input; here are the others that rules use."""
+    if op == "Cast":
+        return numpy_dtype(attributes["to"])
+    return np.dtype(np.int64) if op in ("Shape", "Size") else like
 
 
 # Rules
@@ -162,6 +183,8 @@ class Rewrite(ABC):
     opset: ClassVar[int] = 1
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
     """Floating types that the rule is proved in."""
+    symbolic: ClassVar[bool] = True
+    """Whether it fires where the first dimension of an input is a name."""
 
     @abstractmethod
     def pattern(self, op: Any, *parameters: Any) -> Any:
@@ -169,10 +192,10 @@ class Rewrite(ABC):
 
     @abstractmethod
     def replace(self, op: Any, *parameters: Any) -> Any:
-        """What shall stand there: as many values as the pattern makes."""
+        """What shall stand there: as many values as the pattern makes. Gets the pattern's parameters that it names."""
 
     def check(self, *parameters: Any) -> str | None:  # noqa: ARG002 - what subclasses name
-        """Why this match must be left alone, or None. Gets what `replace` gets."""
+        """Why this match must be left alone, or None. Gets the pattern's parameters that it names."""
         return None
 
     def example(self, rng: np.random.Generator) -> dict[str, Any]:
@@ -191,15 +214,15 @@ class Rewrite(ABC):
         return tuple(Parameter(p.name, KINDS.get(str(p.annotation).rpartition(".")[2])) for p in signature)
 
     @cached_property
-    def values(self) -> tuple[Value, ...]:
-        """The values that the pattern makes."""
+    def values(self) -> tuple[Any, ...]:
+        """The values that the pattern makes; the first may be an `either`, the others are outputs of operators."""
         made = self.pattern(Tracer(), *self.parameters)
         return made if isinstance(made, tuple) else (made,)
 
     @cached_property
     def roots(self) -> tuple[tuple[Output, ...], ...]:
         """The pattern's values, once for each option where the first is an `either`."""
-        return tuple((first, *self.values[1:]) for first in _options(self.values[0]))  # type: ignore[misc]
+        return tuple((first, *self.values[1:]) for first in _options(self.values[0]))
 
     @cached_property
     def operators(self) -> tuple[Operator, ...]:
@@ -226,8 +249,11 @@ class Rewrite(ABC):
         Where it stands unmatched, the user hears why.
         """
         needed = list(_required(self.values[0]).values())
+        if not needed:
+            raise TypeError(f"{self.name}: the options of its `either` share no operator: make them rules of their own")
         kinds = [o.op for o in needed]
-        return min(needed, key=lambda o: (kinds.count(o.op), _COMMON.index(o.op) if o.op in _COMMON else -1))
+        rarity = {op: rank for rank, op in enumerate(_COMMON, 1)}
+        return min(needed, key=lambda o: (o.op in _ARITHMETIC, kinds.count(o.op), rarity.get(o.op, 0)))
 
     @cached_property
     def alternatives(self) -> tuple[tuple[int, ...], ...]:
@@ -243,6 +269,7 @@ class Rewrite(ABC):
         return tuple(itertools.product(*map(range, arities)))
 
 
+_ARITHMETIC = {"Sub", "Div", "Mul", "Add", "Cast"}
 _COMMON = ("ReduceMean", "Sqrt", "Sub", "Div", "Softmax", "Transpose", "Reshape", "MatMul", "Cast", "Mul", "Add")
 
 

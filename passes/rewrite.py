@@ -11,10 +11,12 @@
             return op.Gelu(x, approximate="none")
 
 The parameters after `op` are what the pattern binds, by annotation: none, any tensor; `Weight`, a constant of any
-shape; `Scalar`, a constant with one element, handed on as a float; `Attribute`, an attribute's value. A parameter
-used twice must be the same tensor twice. Numbers are constants that match by value. Attributes that a pattern does
-not name must have the operator's default. Inputs of commutative operators match in any order. Tensors inside the
-pattern that are graph outputs, or that anything outside it uses, stop the match: a rewrite never recomputes.
+shape; `Scalar`, a constant with one element, handed on as a float; `Attribute`, an attribute's value; `Attributes`,
+a dict of all that a node has beside those; `Rest`, all further inputs. `check` and `replace` get those parameters
+that they name. A parameter used twice must be the same tensor twice. Numbers are constants that match by value.
+Attributes that a pattern does not name must have the operator's default. Inputs of commutative operators match in
+any order; a Sum of two is an Add. Tensors inside the pattern that are graph outputs, or that anything outside it
+uses, stop the match: a rewrite never recomputes. Only a Shape may be used outside, and stays.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ from llmc.passes.graph import (
     scopes,
     unlink,
 )
-from llmc.passes.match import Match, Matcher, called, position
+from llmc.passes.match import Match, Matcher, called, operator_of, position
 from llmc.passes.opset import raise_opset
 from llmc.passes.pattern import Attribute as Attribute
+from llmc.passes.pattern import Attributes as Attributes
 from llmc.passes.pattern import Builder, Either, Operator, Output, Value
 from llmc.passes.pattern import Rest as Rest
 from llmc.passes.pattern import Rewrite as Rewrite
@@ -89,14 +92,14 @@ def _matches(rule: Rewrite, graph: Graph, scope: Graph, misses: list[tuple[Node,
     covered: set[int] = set()
     operators = {roots[0].operator.op for roots in rule.roots}
     for node in scope.nodes:
-        if node.op not in operators:
+        if operator_of(node) not in operators:
             continue
         match = matcher.at(node)
         if match is not None and covered.isdisjoint(id(n) for n in match.nodes.values()):
             covered.update(id(n) for n in match.nodes.values())
             found.append(match)
     path = _path(rule)
-    hearts = [n for n in scope.nodes if n.op == rule.heart.op and id(n) not in covered]
+    hearts = [n for n in scope.nodes if operator_of(n) == rule.heart.op and id(n) not in covered]
     misses.extend((node, _why_not(matcher, node, path)) for node in hearts)
     return found
 
@@ -122,7 +125,7 @@ def _why_not(matcher: Matcher, heart: Node, path: list[Operator]) -> str:
     node = heart
     for step in path:
         users = [user for tensor in node.outputs for user in tensor.outputs]
-        onward = next((user for user in users if user.op == step.op), None)
+        onward = next((user for user in users if operator_of(user) == step.op), None)
         if onward is None:
             goes = f"goes to {called(users[0])}" if users else "goes nowhere"
             return f"the result of {called(node)} {goes}, where {step.op} is needed"
@@ -150,8 +153,8 @@ def _replace(matcher: Matcher, match: Match, opset: int, fresh: Callable[[str], 
     """Make the replacement; it takes over the tensors (and so the names) of what the pattern made."""
     root, roots, old = match.root, match.outputs, list(match.nodes.values())
     builder = Builder(opset, fresh, root.name)
-    made = matcher.rule.replace(builder, *matcher.arguments(match))
-    merged = _merged_metadata(root, old)
+    made = matcher.call(matcher.rule.replace, match, builder)
+    merged = merged_metadata(root, old)
     for node in old:
         unlink(node)
     for tensor, new in zip(roots, made if isinstance(made, tuple) else (made,), strict=True):
@@ -164,7 +167,7 @@ def _replace(matcher: Matcher, match: Match, opset: int, fresh: Callable[[str], 
     return builder.nodes
 
 
-def _merged_metadata(root: Node, nodes: Sequence[Node]) -> dict[str, str]:
+def merged_metadata(root: Node, nodes: Sequence[Node]) -> dict[str, str]:
     """The root's metadata, with its module scopes cut to what all nodes share."""
     merged = dict(metadata(root))
     key = "pkg.torch.onnx.name_scopes"

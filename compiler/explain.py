@@ -1,0 +1,79 @@
+"""Every place where a pass fired or came close on a model, and the first thing that stopped it there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.compiler import catalogue, pipeline
+from llmc.compiler.errors import LlmcError
+from llmc.compiler.loaders import load
+from llmc.compiler.recipe import Recipe
+from llmc.passes.base import Pass, PassResult
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one pass did to a model, after the passes that a recipe runs before it."""
+
+    key: str
+    before: tuple[str, ...]
+    """Keys of the passes that ran first."""
+    result: PassResult
+    skipped: str
+
+    def as_json(self) -> dict[str, object]:
+        """The explanation as plain values."""
+        return {
+            "pass": self.key,
+            "after": list(self.before),
+            "skipped": self.skipped,
+            "rewrites": [vars(rewrite) for rewrite in self.result.rewrites],
+            "near_misses": [vars(miss) for miss in self.result.near_misses],
+        }
+
+
+def explain(source: str, key: str, recipe: Recipe) -> Explanation:
+    """Load `source`, run the recipe's passes up to `key` (all of them where it has no such pass), then `key` itself.
+
+    Raises LlmcError for an unknown pass, or for one that needs calibration data.
+    """
+    kind = catalogue.find(key)
+    if kind.needs:
+        raise LlmcError(f"{key} needs {', '.join(kind.needs)}; the report of `llmc compile` says what it left alone")
+    keys = [step.key() for step in recipe.passes]
+    end = keys.index(key) if key in keys else len(keys)
+    chosen: Pass = recipe.passes[end] if key in keys else kind()
+    first = [step for step in recipe.passes[:end] if not step.needs]
+    *_, last = pipeline.run(load(source).graph, [*first, chosen], lambda _: None)
+    return Explanation(key, tuple(step.key() for step in first), last.result, last.skipped)
+
+
+def render(explanation: Explanation, console: Console) -> None:
+    """Print an explanation."""
+    from rich.table import Table
+
+    result = explanation.result
+    after = f", after {', '.join(explanation.before)}" if explanation.before else ""
+    console.print(f"{explanation.key}{after}", markup=False, highlight=False)
+    if explanation.skipped:
+        console.print(f"does not apply: {explanation.skipped}", markup=False, highlight=False)
+    for title, rows in (
+        (f"fired {len(result.rewrites)} times", [(r.rule, r.node, r.detail or r.module) for r in result.rewrites]),
+        (f"came close {len(result.near_misses)} times", [(m.rule, m.node, m.reason) for m in result.near_misses]),
+    ):
+        console.print(f"\n{title}", style="bold")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for row in rows:
+            table.add_row(*map(_escape, row))
+        if rows:
+            console.print(table)
+
+
+def _escape(value: str) -> str:
+    from rich.markup import escape
+
+    return escape(value)

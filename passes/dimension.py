@@ -1,0 +1,88 @@
+"""The size of one axis of a tensor, as a polynomial of the graph's symbolic dimensions."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+Monomial = tuple[str, ...]
+UNKNOWN = "?"
+"""What the names of symbols begin with that stand for a size of which nothing is known."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A size: a sum of products of symbols, each with an integer factor. Equal ones are equal in every run."""
+
+    terms: frozenset[tuple[Monomial, int]]
+
+    @staticmethod
+    def of(value: int | str) -> Dimension:
+        if isinstance(value, str):
+            return Dimension(frozenset({((value,), 1)}))
+        return Dimension(frozenset({((), value)} if value else ()))
+
+    @property
+    def number(self) -> int | None:
+        """The size as an integer; None where it depends on the inputs."""
+        if not self.terms:
+            return 0
+        (symbols, factor), *others = self.terms
+        return factor if not symbols and not others else None
+
+    @property
+    def positive(self) -> bool:
+        """Whether no term is negative: true for every size that a tensor can have, false for -1."""
+        return all(factor > 0 for _, factor in self.terms)
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nothing is known of it."""
+        return len(self.terms) == 1 and all(len(s) == 1 and s[0][0] == UNKNOWN and f == 1 for s, f in self.terms)
+
+    def __add__(self, other: Dimension) -> Dimension:
+        total: Counter[Monomial] = Counter()
+        for symbols, factor in (*self.terms, *other.terms):
+            total[symbols] += factor
+        return Dimension(frozenset((s, f) for s, f in total.items() if f))
+
+    def __mul__(self, other: Dimension) -> Dimension:
+        total: Counter[Monomial] = Counter()
+        for (left, a), (right, b) in itertools.product(self.terms, other.terms):
+            total[tuple(sorted(left + right))] += a * b
+        return Dimension(frozenset((s, f) for s, f in total.items() if f))
+
+    def over(self, other: Dimension) -> Dimension | None:
+        """The quotient where it is exact for all inputs and the divisor is one product; else None."""
+        if len(other.terms) != 1:
+            return None
+        ((symbols, divisor),) = other.terms
+        quotient = set()
+        for product, factor in self.terms:
+            left = Counter(product)
+            left.subtract(symbols)
+            if factor % divisor or any(count < 0 for count in left.values()):
+                return None
+            quotient.add((tuple(sorted(left.elements())), factor // divisor))
+        return Dimension(frozenset(quotient))
+
+    def __str__(self) -> str:
+        products = (
+            "*".join([str(f)] * (f != 1 or not s) + [UNKNOWN if n[0] == UNKNOWN else n for n in s])
+            for s, f in sorted(self.terms, key=lambda term: (not term[0], term[0]))
+        )
+        return " + ".join(products) or "0"
+
+
+ONE = Dimension.of(1)
+Shape = tuple[Dimension, ...]
+Values = tuple[Dimension | bool | None, ...]
+"""The elements of a small integer or boolean tensor, in row-major order; None for one that is not known."""
+
+
+def product(sizes: Sequence[Dimension]) -> Dimension:
+    """How many elements a tensor of these sizes has."""
+    return reduce(Dimension.__mul__, sizes, ONE)

@@ -1,0 +1,187 @@
+"""The pass `merge-projections`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from llmc.passes.base import Context, NearMiss, Pass, PassResult
+from llmc.passes.graph import (
+    Constant,
+    Derived,
+    Graph,
+    Node,
+    Tensor,
+    constant_value,
+    fresh_names,
+    load_values,
+    metadata,
+    module_of,
+    onnx_dtype,
+    outputs_of_scopes,
+    scopes,
+)
+from llmc.passes.match import called
+from llmc.passes.pattern import Builder
+from llmc.passes.placement import Placement
+from llmc.passes.rewrite import merged_metadata
+
+PASSED = {"Identity", "LayerNormalization", "RMSNormalization", "Reshape", "RotaryEmbedding", "Transpose"}
+"""Operators between a projection and the Attention that it is for."""
+NAMES = ("queries", "keys", "values")
+
+
+class NotMergedError(Exception):
+    """The first thing that keeps projections apart."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """`MatMul(x, weight)`, or that plus `bias`."""
+
+    product: Node
+    result: Tensor
+    weight: Constant
+    bias: Constant | None
+
+    @property
+    def x(self) -> Tensor:
+        return self.product.inputs[0]
+
+    @property
+    def width(self) -> int:
+        return int(self.weight.shape[1])
+
+
+class MergeProjections(Pass):
+    """Merges the products that make queries, keys and values of one tensor into one product.
+
+    x [..., n]; Wq [n, a], Wk [n, b], Wv [n, c] and biases [a], [b], [c], float16, bfloat16, float32 or float64; of each
+    Attention: `Add(MatMul(x, Wq), bq)`, `Add(MatMul(x, Wk), bk)`, `Add(MatMul(x, Wv), bv)` →
+    `Split(Add(MatMul(x, [Wq Wk Wv]), [bq bk bv]), [a, b, c])`. A bias that is missing beside others counts as 0; keys
+    and values are merged where only they are made of one tensor. The sizes may differ (grouped heads). The merged
+    weights are put together when they are read, so that they take no memory. Left alone: weights that others read
+    too, quantized ones, and products that are used without their bias.
+
+    **Safety:** tolerance; each number is the same sum, which a kernel for another width may add in another order
+    (float32: 1e-6 of the largest value).
+
+    Source: Vaswani et al., Attention Is All You Need, 2017, section 3.2.2.
+    """
+
+    after: ClassVar = ("fold-constants", "fuse-attention")
+    safety: ClassVar = "tolerance"
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        result = PassResult()
+        merger = _Merger(graph, context, result)
+        for scope in scopes(graph):
+            if not merger.merge(scope):
+                break
+        return result
+
+
+class _Merger:
+    def __init__(self, graph: Graph, context: Context, result: PassResult) -> None:
+        self.graph, self.context, self.result = graph, context, result
+        self.given_back = outputs_of_scopes(graph)
+        self.fresh: Callable[[str], str] = fresh_names(graph)
+
+    def merge(self, scope: Graph) -> bool:
+        """Merge what each Attention of one scope reads; False where the run is to end."""
+        placement = Placement(scope, self.given_back)
+        go_on = True
+        for attention in [n for n in scope.nodes if n.op == "Attention" and not n.domain]:
+            try:
+                projections = self._mergeable(attention)
+            except NotMergedError as reason:
+                self.result.near_misses.append(
+                    NearMiss("projections", attention.name, str(reason), module_of(attention))
+                )
+                continue
+            widths = " + ".join(str(p.width) for p in projections)
+            go_on = self.context.apply(self.result, "projections", projections[0].product, widths)
+            if not go_on:
+                break
+            self._replace(projections, placement)
+        placement.finish()
+        return go_on
+
+    def _mergeable(self, attention: Node) -> list[Projection]:
+        """The projections of one tensor behind an Attention. Raises NotMergedError."""
+        found = [self._projection(tensor, name) for tensor, name in zip(attention.inputs[:3], NAMES, strict=True)]
+        if found[1].x is not found[2].x:
+            raise NotMergedError(f"keys are made of '{found[1].x.name}', values of '{found[2].x.name}'")
+        alike = [p for p in found if p.x is found[1].x]
+        if len({id(p.product) for p in alike}) < len(alike):
+            raise NotMergedError("two of its inputs are made by one product")
+        if len({onnx_dtype(p.weight) for p in alike}) > 1:
+            raise NotMergedError("the weights are of different types")
+        return alike
+
+    def _projection(self, tensor: Tensor, name: str) -> Projection:
+        while (node := _producer(tensor)) is not None and node.op in PASSED and not node.domain:
+            tensor = node.inputs[0]
+        result, bias = tensor, None
+        if node is not None and node.op == "Add":
+            product = next((p for t in node.inputs if (p := _producer(t)) is not None and p.op == "MatMul"), None)
+            if product is not None:
+                bias = node.inputs[0] if node.inputs[1] is product.outputs[0] else node.inputs[1]
+                self._check_bias(product, bias, name)
+                node = product
+        if node is None or node.op != "MatMul":
+            made = called(node) if node is not None else f"'{tensor.name}', which no node makes"
+            raise NotMergedError(f"the {name} come from {made}, where MatMul is needed")
+        weight = node.inputs[1]
+        if not isinstance(weight, Constant) or len(weight.shape) != 2:
+            raise NotMergedError(f"the weight '{weight.name}' of the {name} is no constant matrix")
+        if len(weight.outputs) > 1 or id(weight) in self.given_back:
+            raise NotMergedError(f"the weight '{weight.name}' of the {name} is used elsewhere too")
+        return Projection(node, result, weight, bias if isinstance(bias, Constant) else None)
+
+    def _check_bias(self, product: Node, bias: Tensor, name: str) -> None:
+        weight = product.inputs[1]
+        if not isinstance(bias, Constant) or weight.shape is None or list(bias.shape) != list(weight.shape[1:]):
+            raise NotMergedError(f"'{bias.name}', added to the {name}, is no bias of their width")
+        if len(product.outputs[0].outputs) != 1 or id(product.outputs[0]) in self.given_back:
+            raise NotMergedError(f"'{product.outputs[0].name}', the {name} without their bias, is used elsewhere too")
+
+    def _replace(self, projections: Sequence[Projection], placement: Placement) -> None:
+        first = projections[0]
+        op = Builder(self.graph.opset, self.fresh, first.product.name)
+        whole = op.MatMul(first.x, self._weights(projections))
+        if any(p.bias is not None for p in projections):
+            whole = op.Add(whole, np.concatenate([_bias(p) for p in projections]))
+        parts = op.Split(whole, split=[p.width for p in projections], axis=-1, outputs=len(projections))
+        for node in op.nodes:
+            metadata(node).update(merged_metadata(first.product, [p.product for p in projections]))
+        placement.early(op.nodes)
+        split = parts[0].inputs[0]
+        for index, projection in enumerate(projections):
+            maker = projection.result.inputs[0]
+            placement.remove(maker)
+            split.outputs[index] = projection.result
+
+    def _weights(self, projections: Sequence[Projection]) -> Constant:
+        """[W W …], put together whenever it is read."""
+        held = [Constant(p.weight.name, p.weight._values) for p in projections]  # as they are now
+        shape = (int(held[0].shape[0]), sum(p.width for p in projections))
+        values = Derived(
+            onnx_dtype(projections[0].weight), shape, lambda: np.concatenate([load_values(c) for c in held], axis=1)
+        )
+        return Constant(self.fresh(f"{projections[0].weight.name}_merged"), values)
+
+
+def _producer(tensor: Tensor) -> Node | None:
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def _bias(projection: Projection) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    if projection.bias is None:
+        return np.zeros(projection.width, projection.weight.dtype)
+    value = constant_value(projection.bias)
+    assert value is not None
+    return value
