@@ -11,7 +11,7 @@ import numpy as np
 
 from llmc.passes.dimension import ONE, Dimension, Shape
 from llmc.passes.dimensions import Dimensions
-from llmc.passes.graph import Constant, Node, Tensor, constant_source, constant_value
+from llmc.passes.graph import Constant, Node, Tensor, constant_source, constant_value, load_values
 from llmc.passes.match import attribute, called
 
 CONVERSIONS = ("Cast", "Identity")
@@ -71,8 +71,12 @@ class AttentionMatcher:
         axis = softmax.attrs.get("axis", -1 if self.opset >= 13 else 1)
         if axis % len(shape) != len(shape) - 1:
             raise NotAttentionError(f"it is over axis {axis}, not the last one")
-        product, guarded = self._to_values(softmax)
+        product, guarded, masked = self._to_values(softmax)
         scores, scale, masks = self._to_scores(softmax)
+        if masked is not None:
+            if [id(unconverted(mask.tensor)) for mask in masks if mask.kind == "add"] != [id(unconverted(masked))]:
+                raise NotAttentionError(f"rows are made 0 by '{masked.name}', which is not the mask")
+            guarded = True
         query, query_scale = unscaled(scores.inputs[0])
         key, key_order, key_scale = self._key(scores.inputs[1])
         site = Site(softmax, product, query, key, product.inputs[1], scale * query_scale * key_scale)
@@ -89,9 +93,9 @@ class AttentionMatcher:
             raise NotAttentionError(f"'{tensor.name}', inside the pattern, is used by {others or 'nothing'}")
         return users[0]
 
-    def _to_values(self, softmax: Node) -> tuple[Node, bool]:
-        """From the weights down to the product with the values; whether NaN is made 0 on the way."""
-        tensor, guarded = softmax.outputs[0], False
+    def _to_values(self, softmax: Node) -> tuple[Node, bool, Tensor | None]:
+        """From the weights down to the product with the values; whether NaN is made 0 on the way, or rows of a mask."""
+        tensor, guarded, masked = softmax.outputs[0], False, None
         while True:
             guard = self._guard(tensor)
             if guard is not None:
@@ -99,7 +103,14 @@ class AttentionMatcher:
                 continue
             user = self.only_user(tensor)
             if user.op == "MatMul" and user.inputs[0] is tensor and user.inputs[1] is not tensor:
-                return user, guarded
+                return user, guarded, masked
+            rows = _masked_rows(user, tensor)
+            if rows is None and _chooses_all(user, tensor):
+                tensor = user.outputs[0]
+                continue
+            if rows is not None:
+                tensor, masked = user.outputs[0], rows
+                continue
             if user.op not in CONVERSIONS or user.outputs[0].dtype is None or user.outputs[0].dtype.kind not in "fV":
                 raise NotAttentionError(
                     f"the result of {called(softmax)} goes to {called(user)}, where MatMul is needed"
@@ -190,14 +201,41 @@ class AttentionMatcher:
         return merge.inputs[0] if merged[1:] == before[-2:] and after == swapped else None
 
 
+def _masked_rows(node: Node, weights: Tensor) -> Tensor | None:
+    """x of `Where(Equal(ReduceMax(x, -1), -inf), 0, weights)`, which makes rows 0 that x masks everywhere."""
+    if node.op != "Where" or node.inputs[2] is not weights or single(unconverted(node.inputs[1])) != 0:
+        return None
+    test = producer(node.inputs[0])
+    if test is None or test.op != "Equal" or single(unconverted(test.inputs[1])) != -np.inf:
+        return None
+    largest = producer(test.inputs[0])
+    whole = largest is not None and largest.op == "ReduceMax" and attribute(largest, "axes") == [-1]
+    return largest.inputs[0] if largest is not None and whole and largest.attrs.get("keepdims", 1) else None
+
+
+def _chooses_all(node: Node, weights: Tensor) -> bool:
+    """Whether a node is `Where(false, …, weights)`, whose condition is a constant."""
+    if node.op != "Where" or node.inputs[2] is not weights or not isinstance(node.inputs[0], Constant):
+        return False
+    return prod(node.inputs[0].shape) <= READ_UP_TO and not np.any(load_values(node.inputs[0]))
+
+
+def unconverted(tensor: Tensor) -> Tensor:
+    """The tensor before it was given another type, or another name."""
+    while (node := producer(tensor)) is not None and node.op in (*CONVERSIONS, "CastLike"):
+        tensor = node.inputs[0]
+    return tensor
+
+
 def producer(tensor: Tensor) -> Node | None:
     """The node that makes a tensor."""
     return tensor.inputs[0] if tensor.inputs else None
 
 
 def users_of(tensor: Tensor) -> list[Node]:
-    """The nodes that read a tensor, each once."""
-    return list({id(user): user for user in tensor.outputs}.values())
+    """The nodes that read the values of a tensor, each once: CastLike reads the type of its second input alone."""
+    users = {id(user): user for user in tensor.outputs if user.op != "CastLike" or user.inputs[0] is tensor}
+    return list(users.values())
 
 
 def single(tensor: Tensor) -> float | None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from llmc.passes.errors import LlmcError as LlmcError
 from llmc.passes.errors import PassError as PassError
 from llmc.passes.errors import Skip as Skip
-from llmc.passes.graph import Graph, Node, module_of
+from llmc.passes.graph import Graph, Node, infer_shapes, module_of
 
 Safety = Literal["exact", "tolerance", "lossy"]
 Need = Literal["activations"]
@@ -63,6 +63,8 @@ class Ledger:
     def __init__(self, stop_after: int | None = None) -> None:
         self.stop_after = stop_after
         self.taken = 0
+        self.inferred: tuple[Graph, int] | None = None
+        """The graph whose shapes were inferred last, and how many rewrites had been taken then."""
 
     def take(self) -> int | None:
         """The number of the rewrite about to be done; None where the run is to make no more."""
@@ -98,6 +100,13 @@ class Context:
             return False
         result.rewrites.append(Applied(number, rule, node.name, module_of(node), detail))
         return True
+
+    def infer_shapes(self, graph: Graph) -> None:
+        """`graph.infer_shapes`, done only where a rewrite was taken since it was done last."""
+        last = self.ledger.inferred
+        if last is None or last[0] is not graph or last[1] != self.ledger.taken:
+            infer_shapes(graph)
+            self.ledger.inferred = (graph, self.ledger.taken)
 
 
 class Pass(BaseModel, ABC):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from llmc.passes.base import Context, Pass, PassResult
+from llmc.passes import decompose_quantized
+from llmc.passes.base import Context, NearMiss, Pass, PassResult
 from llmc.passes.contrib.activations import ACTIVATIONS
 from llmc.passes.contrib.attention import ATTENTION
 from llmc.passes.contrib.normalizations import NORMALIZATIONS
 from llmc.passes.contrib.products import PRODUCTS
 from llmc.passes.contrib.rotary import ROTARY
-from llmc.passes.decompose import decompose
-from llmc.passes.graph import Graph
+from llmc.passes.decompose import MICROSOFT, decompose
+from llmc.passes.graph import Graph, module_of, scopes
 
 FAMILIES = (ACTIVATIONS, ATTENTION, NORMALIZATIONS, PRODUCTS, ROTARY)
 REFUSALS = {
@@ -29,6 +30,12 @@ REFUSALS = {
     "Tokenizer": "text belongs outside the graph",
 }
 """Operators that this pass knows, and can do nothing with."""
+UNKNOWN = "no pass spells it out: export or optimize the model without it"
+_KNOWN = {
+    *(key for family in (*FAMILIES, *decompose_quantized.FAMILIES) for key in family.of),
+    *((MICROSOFT, operator) for operator in (*REFUSALS, *decompose_quantized.REFUSALS)),
+}
+"""Operators that this pass, or decompose-quantized, has a word on."""
 
 
 class DecomposeContrib(Pass):
@@ -38,7 +45,7 @@ class DecomposeContrib(Pass):
     `LayerNormalization(Add(Add(x, s), b), γ, β)`; SkipSimplified…, Simplified… → RMSNormalization; EmbedLayer…,
     GroupNorm), activations (Gelu, BiasGelu, FastGelu, QuickGelu, …), products (FusedMatMul, FusedGemm, FusedConv),
     RotaryEmbedding, and attention (Attention, MultiHeadAttention, GroupQueryAttention → Attention-23, with masks as
-    an additive bias of the same values). Any floating type. The opset is raised where needed, to 23 at most.
+    an additive bias of the same values). Any floating type. The opset is raised where needed: to 23, or 24 for a past.
 
     **Safety:** tolerance; the same arithmetic, rounded in another order (float32: 1e-5 of the largest value).
     Variants that standard operators cannot say stay, with the reason.
@@ -50,4 +57,9 @@ class DecomposeContrib(Pass):
     safety: ClassVar = "tolerance"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        return decompose(graph, context, FAMILIES, REFUSALS)
+        result = decompose(graph, context, FAMILIES, REFUSALS)
+        for scope in scopes(graph):
+            for node in scope.nodes:
+                if (node.domain or "").startswith(MICROSOFT) and (node.domain, node.op) not in _KNOWN:
+                    result.near_misses.append(NearMiss(node.op, node.name, UNKNOWN, module_of(node)))
+        return result

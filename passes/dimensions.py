@@ -28,17 +28,23 @@ class Dimensions:
         self._kept: list[Tensor] = []
         self._clipped: dict[Dimension, Dimension] = {}
         self._fresh = itertools.count()
-        for scope in scopes(graph):
-            self.follow(scope.nodes)
+        self.follow(graph.nodes)
+        for scope in scopes(graph)[1:]:
+            for tensor in scope.inputs:
+                self._hold(tensor, self._merge(tensor, None, named=False))
+            self.follow(scope.nodes, named=False)
 
-    def follow(self, nodes: Iterable[Node]) -> None:
-        """Learn the shapes that nodes make; they read what is known already, or what nodes before them make."""
+    def follow(self, nodes: Iterable[Node], named: bool = True) -> None:
+        """Learn the shapes that nodes make; they read what is known already, or what nodes before them make.
+
+        `named`: whether a size is what the graph names it. Inside a loop it may be another in every round.
+        """
         for node in nodes:
             shape_rule = SHAPE_RULES.get(node.op) if not node.domain else None
             shapes = shape_rule(self, node) if shape_rule is not None else None
             for index, tensor in enumerate(node.outputs):
                 known = shapes[index] if shapes is not None and index < len(shapes) else None
-                self._hold(tensor, self._merge(tensor, known))
+                self._hold(tensor, self._merge(tensor, known, named))
             rule = VALUE_RULES.get(node.op)
             if rule is not None and not node.domain and self._is_small(node.outputs[0]):
                 self._values[id(node.outputs[0])] = rule(self, node)
@@ -46,7 +52,7 @@ class Dimensions:
     def of(self, tensor: Tensor) -> Shape | None:
         """The shape; None where the rank is unknown."""
         if id(tensor) not in self._shapes:
-            self._hold(tensor, self._merge(tensor, None))
+            self._hold(tensor, self._merge(tensor, None, named=True))
         return self._shapes[id(tensor)]
 
     def values(self, tensor: Tensor) -> Values | None:
@@ -93,13 +99,14 @@ class Dimensions:
         self._kept.append(tensor)  # a tensor that died would leave its id to another
         self._shapes[id(tensor)] = shape
 
-    def _merge(self, tensor: Tensor, known: Shape | None) -> Shape | None:
+    def _merge(self, tensor: Tensor, known: Shape | None, named: bool) -> Shape | None:
         """What was followed, and where that is nothing what the graph says."""
         declared = shape_of(tensor)
         if declared is None or (known is not None and len(known) != len(declared)):
             return known
         followed = known if known is not None else tuple(self.unknown() for _ in declared)
-        return tuple(self._better(size, said) for size, said in zip(followed, declared, strict=True))
+        trusted = [said if named or isinstance(said, int) else None for said in declared]
+        return tuple(self._better(size, said) for size, said in zip(followed, trusted, strict=True))
 
     def _better(self, followed: Dimension, declared: int | str | None) -> Dimension:
         """A number before a name before nothing; names that inference made up (`unk__3`) say nothing."""

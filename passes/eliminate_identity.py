@@ -12,7 +12,6 @@ from llmc.passes.graph import (
     Node,
     Tensor,
     fresh_names,
-    infer_shapes,
     metadata,
     module_of,
     outputs_of_scopes,
@@ -52,7 +51,7 @@ class EliminateIdentity(Pass):
     safety: ClassVar = "exact"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        infer_shapes(graph)
+        context.infer_shapes(graph)
         walk = _Walk(graph, context)
         all_scopes = scopes(graph)
         for scope in all_scopes:

@@ -20,7 +20,6 @@ from llmc.passes.graph import (
     Node,
     constant_bytes,
     fresh_names,
-    infer_shapes,
     load_values,
     module_of,
     outputs_of_scopes,
@@ -63,7 +62,7 @@ class FoldConstants(Pass):
         result = PassResult()
         folder = _Folder(self, graph, context, result)
         while True:
-            infer_shapes(graph)
+            context.infer_shapes(graph)
             result.near_misses.clear()
             if not folder.sweep():
                 return result

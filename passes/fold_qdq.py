@@ -64,6 +64,7 @@ class FoldQdq(Pass):
     Inference" (2018), for biases.
     """
 
+    after: ClassVar = ("decompose-quantized",)
     safety: ClassVar = "exact"
 
     def run(self, graph: Graph, context: Context) -> PassResult:

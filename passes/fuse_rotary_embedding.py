@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
+import numpy as np
+
 from llmc.passes.attention_match import single
 from llmc.passes.base import Context, NearMiss, Pass, PassResult
-from llmc.passes.dimension import ONE, Dimension, Shape
+from llmc.passes.dimension import ONE, Dimension
 from llmc.passes.dimensions import Dimensions
 from llmc.passes.graph import (
     Constant,
@@ -38,10 +40,12 @@ class FuseRotaryEmbedding(Pass):
     x [b, h, s, d], cos and sin [b or 1, 1, s, d] whose halves are equal, float16, bfloat16 or float32:
     `Add(Mul(x, cos), Mul(Concat(Neg(x₂), x₁), sin))` with x₁ and x₂ the halves of x → `RotaryEmbedding(x, cos', sin')`
     with half of the tables, [b, s, d/2]; also `Concat(Sub(Mul(x₁, cos'), Mul(x₂, sin')), Add(Mul(x₁, sin'),
-    Mul(x₂, cos')))`. Where x₁ and x₂ are the even and the odd elements, `interleaved` is 1. Where only the first r of
-    the d elements are rotated and the others put back behind them, `rotary_embedding_dim` is r. Tables are computed or
-    constant; that their halves are equal must be seen. Those of batch 1 are expanded to the batch of x once for the
-    whole model, as the operator wants them; also for RotaryEmbedding nodes that were there before.
+    Mul(x₂, cos')))`. Where heads stand behind the sequence, x [b, s, h, d], it is taken as [b, s, h·d]. Where x₁ and
+    x₂ are the even and the odd elements, `interleaved` is 1. Where only the first r of the d elements are rotated and
+    the others put back behind them, `rotary_embedding_dim` is r.
+
+    Tables are computed or constant; that their halves are equal must be seen. Those of batch 1 are expanded to the
+    batch of x once for the whole model, as the operator wants them; also for RotaryEmbedding nodes that were there.
 
     **Safety:** tolerance; the same function, rounded in another order (float32: 1e-6 of the largest value).
 
@@ -112,17 +116,22 @@ class _Fusion:
             return None
         return rotation
 
-    def _check(self, rotation: Rotation) -> None:
-        """Raise NotRotaryError where the tables do not have a shape that the operator takes."""
+    def _check(self, rotation: Rotation) -> int:
+        """The axis of the heads in x. Raises NotRotaryError where the tables have no shape that the operator takes."""
         shape, table = self.dims.of(rotation.x), self.dims.of(rotation.cos_shape)
         if shape is None or len(shape) != 4:
             raise NotRotaryError(f"'{rotation.x.name}' is not known to have rank 4")
-        if table is None or table[-2:-1] != (shape[2],) or any(n != ONE for n in table[-3:-2]) or len(table) > 4:
+        heads_first = table is not None and table[-2:-1] == (shape[2],) and all(n == ONE for n in table[-3:-2])
+        heads_last = table is not None and len(table) == 4 and table[1:3] == (shape[1], ONE)
+        if table is None or len(table) > 4 or not (heads_first or heads_last):
             raise NotRotaryError(f"the cosine '{rotation.cos_shape.name}' is not [batch or 1, 1, sequence, size]")
         if len(table) == 4 and table[0] not in (ONE, shape[0]):
             raise NotRotaryError(f"the cosine '{rotation.cos_shape.name}' is not of the batch of '{rotation.x.name}'")
         if rotation.cos_shape.dtype != rotation.x.dtype:
             raise NotRotaryError(f"the cosine is {rotation.cos_shape.dtype}, '{rotation.x.name}' is {rotation.x.dtype}")
+        if not heads_first and shape[2].number is None:
+            raise NotRotaryError(f"the number of heads of '{rotation.x.name}' is not known")
+        return 1 if heads_first else 2
 
     def _is_narrow(self, node: Node) -> bool:
         """Whether the tables (or positions) of a RotaryEmbedding are of batch 1, and x may be of another."""
@@ -131,19 +140,23 @@ class _Fusion:
         return shape is not None and table is not None and table[0] == ONE and shape[0] != ONE
 
     def _replace(self, node: Node, rotation: Rotation, tables: _Tables, placement: Placement) -> None:
-        shape = self.dims.of(rotation.x) or ()
-        cos, sin = (tables.made(half, rotation, shape) for half in (rotation.cos, rotation.sin))
+        shape, axis = self.dims.of(rotation.x) or (), self._check(rotation)
+        cos, sin = (tables.made(half, rotation, shape[0], axis) for half in (rotation.cos, rotation.sin))
         op = Builder(self.graph.opset, self.fresh, rotation.root.name)
-        partial = shape[-1].number != rotation.size
+        partial, flat = shape[-1].number != rotation.size, axis == 2
+        heads = shape[axis].number
         made = op.RotaryEmbedding(
-            rotation.x,
+            op.Reshape(rotation.x, np.array([0, 0, -1], dtype=np.int64)) if flat else rotation.x,
             cos,
             sin,
             interleaved=1 if rotation.interleaved else None,
             rotary_embedding_dim=rotation.size if partial else None,
-            num_heads=shape[1].number if partial else None,
+            num_heads=heads if partial or flat else None,
         )
-        metadata(op.nodes[0]).update(merged_metadata(rotation.root, [rotation.root, node]))
+        if flat:
+            made = op.Reshape(made, np.array([0, 0, heads, -1], dtype=np.int64))
+        for new in op.nodes:
+            metadata(new).update(merged_metadata(rotation.root, [rotation.root, node]))
         result = rotation.root.outputs[0]
         placement.after(rotation.root, op.nodes)
         placement.remove(rotation.root)
@@ -158,16 +171,16 @@ class _Tables:
         self.graph, self.dims, self.placement, self.fresh = graph, dims, placement, fresh
         self._made: dict[tuple[Any, ...], Tensor] = {}
 
-    def made(self, half: Half, rotation: Rotation, shape: Shape) -> Tensor:
+    def made(self, half: Half, rotation: Rotation, batch: Dimension, axis: int) -> Tensor:
         """[batch, sequence, size / 2] of half a table."""
         source = half.source if isinstance(half.source, Tensor) else half.source.tobytes()
-        key = (source if isinstance(source, bytes) else id(source), *map(id, half.done), shape[0])
+        key = (source if isinstance(source, bytes) else id(source), *map(id, half.done), batch, axis)
         if key not in self._made:
             op = Builder(self.graph.opset, self.fresh, f"{rotation.cos_shape.name}.half")
-            tensor = self._replayed(op, half, len(self.dims.of(rotation.cos_shape) or ()))
+            tensor = self._replayed(op, half, len(self.dims.of(rotation.cos_shape) or ()), axis)
             self.dims.follow(op.nodes)
             self.placement.early(op.nodes)
-            self._made[key] = self._expanded(tensor, shape[0], rotation.x)
+            self._made[key] = self._expanded(tensor, batch, rotation.x)
         return self._made[key]
 
     def widen(self, node: Node) -> None:
@@ -179,11 +192,11 @@ class _Tables:
                 self._made[key] = self._expanded(node.inputs[index], batch, node.inputs[0])
             rewire([(node, index, self._made[key])])
 
-    def _replayed(self, op: Any, half: Half, rank: int) -> Tensor:
+    def _replayed(self, op: Any, half: Half, rank: int, axis: int) -> Tensor:
         """What was done to the whole table, done to one half, without room for heads."""
         tensor: Any = half.source
         done = list(half.done)
-        squeezed = bool(done) and unsqueezes_heads(done[0], rank)
+        squeezed = bool(done) and unsqueezes_heads(done[0], rank, axis)
         for node in reversed(done[1:] if squeezed else done):
             inputs = [tensor if index == _table_input(node) else given for index, given in enumerate(node.inputs)]
             tensor = getattr(op, node.op)(*inputs, **node.attrs)
@@ -191,7 +204,7 @@ class _Tables:
         if rank == 2:
             return cast(Tensor, op.Unsqueeze(tensor, axes=[0]))
         if rank == 4 and not squeezed:
-            return cast(Tensor, op.Squeeze(tensor, axes=[1]))
+            return cast(Tensor, op.Squeeze(tensor, axes=[axis]))
         return tensor if isinstance(tensor, Tensor) else Constant(self.fresh("rotary_table"), tensor)
 
     def _expanded(self, tensor: Tensor, batch: Dimension, near: Tensor) -> Tensor:

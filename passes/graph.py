@@ -719,11 +719,14 @@ def _drop(nodes: list[Node], node: Node) -> None:
 
 @_collector_paused()
 def infer_shapes(graph: Graph) -> None:
-    """Write the types and shapes that ONNX's inference finds (data propagation on) to the graph's tensors.
+    """Write the types and shapes that ONNX's inference finds (data propagation on) to the tensors of all scopes.
 
     Weights are not read. A shape known before and lost by the inference is kept.
     """
-    inferred = onnx.shape_inference.infer_shapes(to_structure(graph).model, data_prop=True).graph
+    _write_shapes(graph, onnx.shape_inference.infer_shapes(to_structure(graph).model, data_prop=True).graph)
+
+
+def _write_shapes(graph: Graph, inferred: onnx.GraphProto) -> None:
     made = {t.name: t for node in graph.nodes for t in node.outputs if not isinstance(t, Constant)}
     for info in (*inferred.value_info, *inferred.output):
         tensor = made.get(info.name)
@@ -734,6 +737,10 @@ def infer_shapes(graph: Graph) -> None:
             tensor.dtype = dtype
         if shape is not None:
             tensor.shape = _merge_shapes(tensor.shape, shape)
+    for node, proto in zip(graph.nodes, inferred.node, strict=True):
+        for name, value in node.attrs.items():
+            if isinstance(value, Graph):
+                _write_shapes(value, next(a.g for a in proto.attribute if a.name == name))
 
 
 def _merge_shapes(old: list[int | str | None] | None, new: list[int | str | None]) -> list[int | str | None]:

@@ -74,6 +74,7 @@ class Matcher:
         self.rule = rule
         self.defaults = {id(o): _defaults(o.op, o.domain, opset) for o in rule.operators}
         self.outputs = {id(t) for t in scope.outputs}
+        self.nodes = {id(node) for node in scope.nodes}
         self.failure = Failure()
 
     def at(self, node: Node) -> Match | None:
@@ -129,6 +130,8 @@ class Matcher:
         inside = {id(node) for node in match.nodes.values()}
         roots = {id(t) for t in match.outputs}
         for node in match.nodes.values():
+            if id(node) not in self.nodes:
+                return f"{called(node)} stands in another graph than what it belongs to"
             for tensor in node.outputs:
                 if id(tensor) in roots:
                     continue
@@ -165,8 +168,11 @@ class Matcher:
     def _value(self, value: Value | None, tensor: Tensor | None, match: Match, depth: int) -> Iterator[Match]:
         """Every way in which `tensor` can be `value`, given what `match` has bound."""
         if isinstance(value, Either):
+            missing = tensor is None or tensor.is_empty()
+            optional = any(option is None for option in value.options)
             for option in value.options:
-                yield from self._value(option, tensor, match, depth)
+                if not optional or (option is None) == missing:
+                    yield from self._value(option, tensor, match, depth)
         elif value is None or tensor is None or tensor.is_empty():
             if value is None and (tensor is None or tensor.is_empty()):
                 yield match

@@ -270,7 +270,20 @@ class Rewrite(ABC):
 
 
 _ARITHMETIC = {"Sub", "Div", "Mul", "Add", "Cast"}
-_COMMON = ("ReduceMean", "Sqrt", "Sub", "Div", "Softmax", "Transpose", "Reshape", "MatMul", "Cast", "Mul", "Add")
+_COMMON = (
+    "Conv",
+    "ReduceMean",
+    "Sqrt",
+    "Sub",
+    "Div",
+    "Softmax",
+    "Transpose",
+    "Reshape",
+    "MatMul",
+    "Cast",
+    "Mul",
+    "Add",
+)
 
 
 def _options(value: Value | None) -> Iterator[Output]:

@@ -55,15 +55,13 @@ class RewritePass(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         result = PassResult()
-        infer_shapes(graph)
         while True:
             before = len(result.rewrites)
             result.near_misses.clear()
             for rule in self.rules:
-                done = len(result.rewrites)
-                apply_rule(rule, graph, context, result)
-                if len(result.rewrites) > done:
-                    infer_shapes(graph)
+                if any(operator_of(node) == rule.heart.op for scope in scopes(graph) for node in scope.nodes):
+                    context.infer_shapes(graph)
+                    apply_rule(rule, graph, context, result)
             if not self.repeat or len(result.rewrites) == before:
                 break
         _drop_explained(result)
@@ -98,14 +96,14 @@ def _matches(rule: Rewrite, graph: Graph, scope: Graph, misses: list[tuple[Node,
         if match is not None and covered.isdisjoint(id(n) for n in match.nodes.values()):
             covered.update(id(n) for n in match.nodes.values())
             found.append(match)
-    path = _path(rule)
+    paths = _paths(rule)
     hearts = [n for n in scope.nodes if operator_of(n) == rule.heart.op and id(n) not in covered]
-    misses.extend((node, _why_not(matcher, node, path)) for node in hearts)
+    misses.extend((node, _why_not(matcher, node, paths)) for node in hearts)
     return found
 
 
-def _path(rule: Rewrite) -> list[Operator]:
-    """Operators from the heart's user up to the root."""
+def _paths(rule: Rewrite) -> list[list[Operator]]:
+    """Operators from the heart's user up to the root, for each way through the pattern's options."""
 
     def users(value: Value | None, above: list[Operator]) -> Iterator[list[Operator]]:
         if isinstance(value, Either):
@@ -117,20 +115,29 @@ def _path(rule: Rewrite) -> list[Operator]:
             for source in value.operator.inputs:
                 yield from users(source, [value.operator, *above])
 
-    return next(path for value in rule.values for path in users(value, []))
+    return [path for value in rule.values for path in users(value, [])]
 
 
-def _why_not(matcher: Matcher, heart: Node, path: list[Operator]) -> str:
-    """Walk from the heart to where the root would be; the first step that is missing, or what stops a match there."""
-    node = heart
-    for step in path:
-        users = [user for tensor in node.outputs for user in tensor.outputs]
-        onward = next((user for user in users if operator_of(user) == step.op), None)
-        if onward is None:
-            goes = f"goes to {called(users[0])}" if users else "goes nowhere"
-            return f"the result of {called(node)} {goes}, where {step.op} is needed"
-        node = onward
-    return matcher.refused(node)
+def _why_not(matcher: Matcher, heart: Node, paths: Sequence[Sequence[Operator]]) -> str:
+    """Walk from the heart to where the root would be; the first step that is missing, or what stops a match there.
+
+    Of several ways to go, the one that leads furthest.
+    """
+    furthest, reason = -1, ""
+    for path in paths:
+        node = heart
+        for depth, step in enumerate(path):
+            users = [user for tensor in node.outputs for user in tensor.outputs]
+            onward = next((user for user in users if operator_of(user) == step.op), None)
+            if onward is None:
+                if depth > furthest:
+                    goes = f"goes to {called(users[0])}" if users else "goes nowhere"
+                    furthest, reason = depth, f"the result of {called(node)} {goes}, where {step.op} is needed"
+                break
+            node = onward
+        else:
+            return matcher.refused(node)
+    return reason
 
 
 def _apply_in_scope(rule: Rewrite, graph: Graph, scope: Graph, context: Context, result: PassResult) -> None:

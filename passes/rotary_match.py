@@ -271,7 +271,7 @@ def _other(node: Node, tensor: Tensor) -> Tensor:
     return node.inputs[1] if node.inputs[0] is tensor else node.inputs[0]
 
 
-def unsqueezes_heads(node: Node, rank: int) -> bool:
-    """Whether a node only makes room for heads: [b, s, d] → [b, 1, s, d]."""
+def unsqueezes_heads(node: Node, rank: int, axis: int) -> bool:
+    """Whether a node only makes room for heads: [b, s, d] → [b, 1, s, d] (axis 1) or [b, s, 1, d] (axis 2)."""
     axes = attribute(node, "axes") if node.op == "Unsqueeze" else None
-    return axes is not None and rank == 4 and [axis % 4 for axis in axes] == [1]
+    return axes is not None and rank == 4 and [given % 4 for given in axes] == [axis]

@@ -135,8 +135,10 @@ def _slice(dims: Dimensions, node: Node) -> list[Shape | None] | None:
         return None
     starts, ends, axes, steps = slice_inputs(dims, node, len(shape))
     sizes: list[Dimension | None] = list(shape)
-    for position, axis in enumerate(axes if axes is not None else range(len(shape))):
-        unit = steps is not None and steps[position] == 1
+    if axes is None or steps is None or len(axes) != len(steps):
+        return [tuple(dims.unknown() for _ in shape)]
+    for position, axis in enumerate(axes):
+        unit = steps[position] == 1
         start = starts[position] if starts is not None else None
         end = ends[position] if ends is not None else None
         sizes[axis] = _sliced(dims, shape[axis], start, end) if unit else None
@@ -166,9 +168,10 @@ def slice_inputs(
         return None if found is None else [v if isinstance(v, Dimension) else None for v in found]
 
     starts, ends = sizes(1), sizes(2)
-    count = len(starts or ends or ())
-    axes: list[int] | None = list(range(count))
-    steps: list[int] | None = [1] * count
+    length = dims.of(node.inputs[1])
+    count = length[0].number if length else None
+    axes = None if count is None else list(range(count))
+    steps = None if count is None else [1] * count
     if len(node.inputs) > 3 and not node.inputs[3].is_empty():
         axes = dims.integers(node.inputs[3])
     if len(node.inputs) > 4 and not node.inputs[4].is_empty():

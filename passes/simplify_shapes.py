@@ -16,7 +16,6 @@ from llmc.passes.graph import (
     Node,
     Tensor,
     fresh_names,
-    infer_shapes,
     outputs_of_scopes,
     replace_uses,
     rewire,
@@ -47,7 +46,7 @@ class SimplifyShapes(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         result = PassResult()
-        infer_shapes(graph)
+        context.infer_shapes(graph)
         simplifier = _Simplifier(graph, context, result)
         for scope in scopes(graph):
             if not simplifier.simplify(scope):

@@ -142,7 +142,8 @@ def test_int8(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_
     report = run_compile(source[0], "minilm-int8", tmp_path / "out", **source[1])
     check_engine(tmp_path / "out", report)
     assert cosines(tmp_path / "out", tokens, expected).mean() >= 0.97
-    products = [layer for layer in report.precision if layer.found == "int8"]
-    assert len(products) == 36
+    # six layers of 4 matrices [384, 384] and 2 of [384, 1536]: 36, of which merge-projections made three into one
+    assert report.graph.weights["int8"].parameters == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    assert [layer.found for layer in report.precision if layer.op == "MatMul"] == ["int8"] * 24
     # a quarter of the weights' 43 MB in the encoder, and half of the embeddings' 48 MB, and what TensorRT adds
     assert (tmp_path / "out/model.engine").stat().st_size < 50e6

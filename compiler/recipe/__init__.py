@@ -22,6 +22,7 @@ from llmc.compiler.recipe.errors import plain_faults, suggestion
 from llmc.compiler.recipe.sections import Document, ModelSection, TargetSection, VerifySection
 from llmc.compiler.recipe.settings import apply, parse_setting
 from llmc.compiler.recipe.source import Fault, Place, Source, dump, read
+from llmc.compiler.recipe.splice import splice
 from llmc.compiler.targets import Profile
 from llmc.passes.base import Pass, discover
 
@@ -59,6 +60,7 @@ class Recipe:
 
     @classmethod
     def _build(cls, source: Source, folder: Path, name: str) -> Self:
+        source = splice(source, lambda shipped_name: cls.load(shipped_name).document()["passes"])
         faults = list(source.faults)
         document = _document(source, faults)
         passes = _passes(source, faults)

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
 
 from llmc.compiler.recipe.sections import Document
+from llmc.compiler.recipe.splice import WORD
 from llmc.passes.base import discover
 
 
@@ -31,10 +32,17 @@ def json_schema() -> dict[str, Any]:
     }
     names = [{"const": key, "description": kind.summary()} for key, kind in discover().items()]
     mapping = {"type": "object", "properties": parameters, "additionalProperties": False}
+    other = {
+        "type": "object",
+        "description": "All passes of a recipe that ships with llmc.",
+        "properties": {WORD: {"type": "string"}},
+        "required": [WORD],
+        "additionalProperties": False,
+    }
     document["properties"]["passes"] = {
         "description": "The passes, in the order in which they run; each by its name, or as 'name: {parameters}'.",
         "type": "array",
-        "items": {"oneOf": [*names, {**mapping, "minProperties": 1, "maxProperties": 1}]},
+        "items": {"oneOf": [*names, {**mapping, "minProperties": 1, "maxProperties": 1}, other]},
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

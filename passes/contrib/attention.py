@@ -106,7 +106,9 @@ def _attended(
     in_heads = pasts is not None or site.rank(k) == 4
     if causal and pasts is None:
         _refuse_other_lengths(site, q, k)
-    rows = length(op, q, 1) if causal and pasts is not None else None
+    # TensorRT takes a causal order or a mask, not both: beside a mask the order is part of it.
+    ordered = causal and not (pasts is None and mask is None and bias is None)
+    rows = length(op, q, 1) if ordered else None
     if in_heads or site.wants(1):
         k, v = (x if site.rank(x) == 4 else split_heads(op, x, heads) for x in (k, v))
     if pasts is not None:
@@ -114,9 +116,8 @@ def _attended(
     like = q
     if site.rank(k) == 4:
         q = split_heads(op, q, heads)
-    total = length(op, k, site.rank(k) - 2)
-    padding = padding_bias(site, mask, like, total) if mask is not None else None
-    order = causal_bias(site, like, rows, op.Sub(total, rows), total) if rows is not None else None
+    padding = padding_bias(site, mask, like, k) if mask is not None else None
+    order = causal_bias(site, like, rows, length(op, k, site.rank(k) - 2)) if rows is not None else None
     merged = add_biases(op, padding, bias, order)
     made = attend(site, q, k, v, merged, (heads, heads), causal=causal and rows is None)
     return (made, k, v) if site.rank(k) == 4 else (made, None, None)

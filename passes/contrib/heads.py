@@ -55,14 +55,14 @@ def lowest(site: Site, like: Tensor) -> float:
     return {"float16": -65504.0}.get(site.dtype(like).name, float(np.finfo(np.float32).min))
 
 
-def padding_bias(site: Site, mask: Tensor, q: Tensor, total: Tensor) -> Tensor:
+def padding_bias(site: Site, mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """[B, 1, S, T] from a mask of integers: lengths [B], keys [B, T], or keys of each query [B, S, T]."""
     op, rank = site.op, site.rank(mask)
     if rank == 1:
         batch, found = site.shape(q)[0], site.shape(mask)[0]
         if batch is None or batch != found:
             raise StaysError(f"'{mask.name}' has shape [{found}]: it may hold more than the lengths")
-        counted = op.Cast(count(op, total), to=6)
+        counted = op.Cast(count(op, length(op, k, site.rank(k) - 2)), to=6)
         kept = op.Less(counted, op.Unsqueeze(mask, axes=[1, 2, 3]))
     elif rank in (2, 3):
         kept = op.Greater(op.Unsqueeze(mask, axes=[1, 2] if rank == 2 else [1]), np.array(0, site.dtype(mask)))
@@ -81,10 +81,10 @@ def _one_axis(op: Any, q: Tensor) -> Tensor | Array:
     return made
 
 
-def causal_bias(site: Site, q: Tensor, rows: Tensor, past: Tensor, total: Tensor) -> Tensor:
-    """[S, T]: query s stands at position past + s, and sees keys up to there."""
+def causal_bias(site: Site, q: Tensor, rows: Tensor, total: Tensor) -> Tensor:
+    """[S, T]: the queries stand at the last S of T positions, and see keys up to their own."""
     op = site.op
-    positions = op.Unsqueeze(op.Add(count(op, rows), past), axes=[1])
+    positions = op.Unsqueeze(op.Add(count(op, rows), op.Sub(total, rows)), axes=[1])
     return bias_of(site, op.LessOrEqual(count(op, total), positions), q, lowest(site, q))
 
 

@@ -1,4 +1,4 @@
-"""The models that the benchmark optimizes, made on the fly: transformers in torch's three spellings, and graphs by size."""
+"""The models that the benchmark optimizes, made on the fly: encoders in torch's three spellings, and graphs by size."""
 
 from __future__ import annotations
 

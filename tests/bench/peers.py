@@ -17,8 +17,8 @@ from pathlib import Path
 import onnx
 
 Optimize = Callable[[Path, Path], None]
-HEADS = {384: 12, 768: 12}
-"""Hidden size → attention heads, which ONNX Runtime's transformers optimizer wants to be told."""
+HEADS = 12
+"""Attention heads of MiniLM and of BERT-base."""
 
 
 def llmc() -> Optimize:
@@ -82,12 +82,12 @@ def onnxscript() -> Optimize:
 
 
 def polygraphy() -> Optimize:
-    """`polygraphy surgeon sanitize --fold-constants --cleanup`."""
+    """What `polygraphy surgeon sanitize --fold-constants` does."""
     from polygraphy.backend import onnx as backend
 
     def optimize(source: Path, target: Path) -> None:
-        model = backend.fold_constants(backend.onnx_from_path(str(source)), allow_onnxruntime_shape_inference=True)
-        backend.save_onnx(backend.cleanup_graph(model) if hasattr(backend, "cleanup_graph") else model, str(target))
+        model = backend.fold_constants(backend.onnx_from_path(str(source)))
+        backend.save_onnx(model, str(target))
 
     return optimize
 
@@ -107,11 +107,14 @@ def onnxruntime() -> Optimize:
 
 
 def ort_transformers() -> Optimize:
-    """ONNX Runtime's optimizer for transformers (com.microsoft operators)."""
+    """ONNX Runtime's optimizer for transformers (com.microsoft operators), told the sizes that it asks for."""
     from onnxruntime.transformers import optimizer
 
     def optimize(source: Path, target: Path) -> None:
-        optimizer.optimize_model(str(source), "bert").save_model_to_file(str(target))
+        vectors = [t.dims[0] for t in onnx.load(source, load_external_data=False).graph.initializer if len(t.dims) == 1]
+        ((hidden_size, _),) = Counter(vectors).most_common(1)
+        model = optimizer.optimize_model(str(source), "bert", num_heads=HEADS, hidden_size=hidden_size)
+        model.save_model_to_file(str(target))
 
     return optimize
 

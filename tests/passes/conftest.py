@@ -11,9 +11,9 @@ import pytest
 
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.session import Session
-from llmc.passes.base import Context, Ledger, PassResult
+from llmc.passes.base import Context, Ledger, Pass, PassResult
 from llmc.passes.convert_fp16 import ConvertFp16
-from llmc.passes.graph import Array, Graph, onnx_dtype, to_model
+from llmc.passes.graph import Array, Graph, copy_graph, onnx_dtype, to_model
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +60,39 @@ def half_operators() -> Callable[[Graph], set[str]]:
         }
 
     return half_operators
+
+
+@pytest.fixture(scope="session")
+def fires(parse: Any, random_feeds: Any) -> Callable[..., PassResult]:
+    """Run a pass on ONNX text; what is left must be just these operators, and compute what the graph computed."""
+
+    def fires(step: Pass, text: str, operators: list[str], opset: int = 20) -> PassResult:
+        graph = parse(text, opset=opset)
+        rewritten = copy_graph(graph)
+        result = step.run(rewritten, Context())
+        assert [node.op for node in rewritten.nodes] == operators, [miss.reason for miss in result.near_misses]
+        onnx.checker.check_model(to_model(rewritten), full_check=True)
+        feeds = random_feeds(graph)
+        found = Session(rewritten).run(feeds)
+        for name, expected in Session(graph).run(feeds).items():
+            # float32: a few dozen roundings of 2^-24 each, relative to the largest value
+            bound = 1e-5 * max(float(np.max(np.abs(expected), initial=0)), 1.0)
+            np.testing.assert_allclose(found[name], expected, rtol=0, atol=bound)
+        return result
+
+    return fires
+
+
+@pytest.fixture(scope="session")
+def leaves_alone(parse: Any) -> Callable[..., None]:
+    """Run a pass on ONNX text; nothing may change, and a near miss must give this reason."""
+
+    def leaves_alone(step: Pass, text: str, reason: str, opset: int = 20) -> None:
+        graph = parse(text, opset=opset)
+        before = [node.op for node in graph.nodes]
+        result = step.run(graph, Context())
+        assert result.rewrites == []
+        assert [node.op for node in graph.nodes] == before
+        assert reason in [miss.reason for miss in result.near_misses]
+
+    return leaves_alone

@@ -155,8 +155,9 @@ LEAVES_ALONE = {
         "not all its inputs are dequantized",
     ),
     "scales along an axis": (
-        f"(float[N,3] x) => (float[N,3] y) <{GRIDS}, int64[2] back = {{-1, 3}}, float[3,3] F = {{1,2,3,4,5,6,7,8,9}}> {{"
-        " q = QuantizeLinear(x, many, zeros) d = DequantizeLinear(q, many, zeros) e = Reshape(d, back) y = MatMul(e, F) }",
+        f"(float[N,3] x, float[3,3] F) => (float[N,3] y) <{GRIDS}, int64[2] back = {{-1, 3}}> {{"
+        " q = QuantizeLinear(x, many, zeros) d = DequantizeLinear(q, many, zeros) e = Reshape(d, back)"
+        " y = MatMul(e, F) }",
         "more than one scale",
     ),
     "no product behind it": (

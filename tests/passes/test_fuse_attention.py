@@ -134,6 +134,24 @@ FIRES: dict[str, tuple[str, dict[str, float], list[str]]] = {
         {},
         ["Not"],
     ),
+    "guarded by the rows of the mask": (
+        model(
+            "neg = Constant<value_ints = [-1]>() " + PLAIN + "c = Mul(s, root) m = Add(c, b) w = Softmax<axis=-1>(m) "
+            "top = ReduceMax<keepdims=1>(b, neg) none = Equal(top, inf) g = Where(none, zero, w) y = MatMul(g, v)",
+            QKV + ", float[B,1,S,T] b",
+            "-inf",
+        ),
+        {},
+        [],
+    ),
+    "guarded by a constant": (
+        model(
+            "never = Constant<value = bool[1,1] {0}>() " + PLAIN + "m = Mul(s, root) w = Softmax<axis=-1>(m) "
+            "g = Where(never, zero, w) y = MatMul(g, v)"
+        ),
+        {},
+        [],
+    ),
     "causal by comparison": (
         model(INDICES + PLAIN + "le = LessOrEqual(rt, qi) m = Where(le, s, inf) " + END, inf="-inf"),
         {"is_causal": 1, "scale": 1.0},
@@ -202,13 +220,13 @@ def test_fires(name: str, parse: Any) -> None:
     assert sorted(n.op for n in fused.nodes if n.op != "Attention") == others
     assert dict(attention.attrs) == pytest.approx(attributes, rel=1e-6)
     assert fused.opset == 23
-    assert [r.rule for r in result.rewrites][0] == "attention"
+    assert {r.rule for r in result.rewrites} == {"attention"}
     check_same(graph, fused, feeds(graph))
 
 
 UNGUARDED = model(PLAIN + "b = Where(u, zero, inf) m = Add(s, b) " + END, QKV + ", bool[B,1,S,T] u", "-inf")
 LEAVES_ALONE = {
-    "row that may be NaN": (UNGUARDED, "'b' masks with -inf: a row masked everywhere is NaN here and 0 in Attention"),
+    "row that may be NaN": (UNGUARDED, "'u' masks with -inf: a row masked everywhere is NaN here and 0 in Attention"),
     "mask of unknown numbers": (
         model(PLAIN + "m = Add(s, b) " + END, QKV + ", float[B,1,S,T] b"),
         "'b' masks with -inf: a row masked everywhere is NaN here and 0 in Attention",
@@ -251,6 +269,15 @@ LEAVES_ALONE = {
         model(PLAIN.replace("s =", "m =") + END, "float[B,4,S,8] q, float[C,4,T,8] k, float[C,4,T,8] v"),
         "the batch of the keys is C, where B is needed",
     ),
+    "guarded by the rows of something else": (
+        model(
+            "neg = Constant<value_ints = [-1]>() " + PLAIN + "m = Add(s, b) w = Softmax<axis=-1>(m) "
+            "top = ReduceMax<keepdims=1>(d, neg) none = Equal(top, inf) g = Where(none, zero, w) y = MatMul(g, v)",
+            QKV + ", float[B,1,S,T] b, float[B,1,S,T] d",
+            "-inf",
+        ),
+        "rows are made 0 by 'd', which is not the mask",
+    ),
     "heads of values": (
         model(PLAIN.replace("s =", "m =") + END, "float[B,4,S,8] q, float[B,4,T,8] k, float[B,1,T,8] v"),
         "the heads of the values is 1, where 4 is needed",
@@ -273,6 +300,22 @@ def test_leaves_alone(name: str, parse: Any) -> None:
     assert [n.op for n in graph.nodes] == before
     assert graph.opset == 20
     assert [miss.reason.partition(";")[0] for miss in result.near_misses] == [reason]
+
+
+def test_half_precision_with_a_softmax_in_float32(parse: Any) -> None:
+    body = "c1 = Cast<to=10>(root) c2 = Cast<to=10>(low) c3 = Cast<to=10>(zero) " + PLAIN
+    body += "c = Mul(s, c1) b = Where(u, c3, c2) m = Add(c, b) f = Cast<to=1>(m) w = Softmax<axis=-1>(f) "
+    text = model(body + "h = Cast<to=10>(w) y = MatMul(h, v)", QKV + ", bool[B,1,S,T] u").replace(
+        "-3.4028235e38", "-65504"
+    )
+    graph = parse(text.replace("float[B", "float16[B"))
+    fused = copy_graph(graph)
+    FuseAttention().run(fused, Context())
+    assert Counter(n.op for n in fused.nodes) == {"Attention": 1, "Where": 1}
+    given = feeds(graph)
+    before, after = (Session(g).run(given)["y"].astype(np.float32) for g in (graph, fused))
+    # float16 has 11 bits; the long form rounds five times on values of order 1
+    np.testing.assert_allclose(after, before, rtol=0, atol=5 * 2.0**-11)
 
 
 def test_may_be_told_to_make_masked_rows_zero(parse: Any) -> None:
@@ -391,11 +434,14 @@ KEEPS_HEADS = {
         "'vt' comes from no node, where a Transpose of heads is needed",
     ),
     "number of heads": (
-        heads("a = Attention(q, k, v) y = Transpose<perm=[0,2,1,3]>(a)", "float[B,H,S,8] q, float[B,H,T,8] k, float[B,H,T,8] v")
-        .replace("float[B,S,32] y", "float[B,S,H,8] y"),
+        heads(
+            "a = Attention(q, k, v) y = Transpose<perm=[0,2,1,3]>(a)",
+            "float[B,H,S,8] q, float[B,H,T,8] k, float[B,H,T,8] v",
+            "float[B,S,H,8] y",
+        ),
         "the number of heads of 'q' is not known",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", KEEPS_HEADS)

@@ -26,6 +26,45 @@ FIRES = {
     ),
 }
 
+TANH = (
+    "(float[N,4] x) => (float[N,4] y{more}) <float k = {{{k}}}, float three = {{3}}, float r = {{0.79788456}}, "
+    "float one = {{1}}, float h = {{0.5}}>{{"
+)
+TORCH = "c = Pow(x, three) p = Mul(c, k) i = Add(x, p) s = Mul(i, r) t = Tanh(s) a = Add(t, one) "
+
+
+def tanh(body: str, k: float = 0.044715, more: str = "") -> str:
+    return TANH.format(k=k, more=more) + body + "}"
+
+
+FIRES_TANH = {
+    "torch": tanh(TORCH + "m = Mul(x, h) y = Mul(m, a)"),
+    "half last": tanh(TORCH + "m = Mul(x, a) y = Mul(m, h)"),
+    "cube of products": tanh(
+        TORCH.replace("Pow(x, three)", "Mul(q, x)").replace("c =", "q = Mul(x, x) c =") + "m = Mul(x, h) y = Mul(m, a)"
+    ),
+    "BLOOM": tanh(
+        "u = Mul(x, k) v = Mul(u, x) w = Add(v, one) z = Mul(x, r) s = Mul(z, w) t = Tanh(s) a = Add(t, one) "
+        "m = Mul(x, h) y = Mul(m, a)"
+    ),
+    "Sum instead of Add": tanh(TORCH.replace("Add", "Sum") + "m = Mul(x, h) y = Mul(m, a)"),
+}
+
+LEAVES_ALONE_TANH = {
+    "wrong cubic factor": (
+        tanh(TORCH + "m = Mul(x, h) y = Mul(m, a)", k=0.05),
+        "'k' is 0.05, GeluFromTanh needs 0.044715",
+    ),
+    "tanh is an output": (
+        tanh(TORCH + "m = Mul(x, h) y = Mul(m, a)", more=", float[N,4] t"),
+        "'t', inside the pattern, is an output of the graph",
+    ),
+    "quick GELU": (
+        "(float[N,4] x) => (float[N,4] y) <float k = {1.702}> { p = Mul(x, k) t = Tanh(p) y = Mul(x, t) }",
+        "the result of Tanh 't' goes to Mul 'y', where Add is needed",
+    ),
+}
+
 LEAVES_ALONE = {
     "wrong constant": (model(FIRES["torch"], s=1.5), "'s' is 1.5, GeluFromErf needs 1.41421"),
     "wrong offset": (model(FIRES["torch"], one=1.1), "'one' is 1.1, GeluFromErf needs 1"),
@@ -76,6 +115,19 @@ def test_leaves_alone(name: str, parse: Any) -> None:
     assert result.rewrites == []
     assert [n.op for n in graph.nodes] == before
     assert [miss.reason for miss in result.near_misses] == [reason]
+
+
+@pytest.mark.parametrize("name", FIRES_TANH)
+def test_tanh_fires(name: str, fires: Any, parse: Any) -> None:
+    fires(FuseGelu(), FIRES_TANH[name], ["Gelu"])
+    graph = parse(FIRES_TANH[name])
+    FuseGelu().run(graph, Context())
+    assert graph.nodes[0].attrs["approximate"] == "tanh"
+
+
+@pytest.mark.parametrize("name", LEAVES_ALONE_TANH)
+def test_tanh_leaves_alone(name: str, leaves_alone: Any) -> None:
+    leaves_alone(FuseGelu(), *LEAVES_ALONE_TANH[name])
 
 
 def test_fires_inside_a_subgraph(parse: Any) -> None:

@@ -23,7 +23,8 @@ FIRES = {
         ["Neg"],
     ),
     "the second branch, and names that both have": (
-        f"{HEAD} <bool q = {{0}}> {{ a = Neg(x) b = If(q) <then_branch = t () => (float[2] z) {{ d = Relu(a) z = Neg(d) }},"
+        f"{HEAD} <bool q = {{0}}> {{ a = Neg(x) b = If(q) <then_branch = t () => (float[2] z)"
+        "{ d = Relu(a) z = Neg(d) },"
         "else_branch = e () => (float[2] z) { d = Exp(a) z = Abs(d) }> y = Sub(b, a) }",
         ["Neg", "Exp", "Abs", "Sub"],
     ),
@@ -46,7 +47,8 @@ FIRES = {
     ),
     "a branch that gives back constants and one tensor twice": (
         "(float[2] x) => (float[2] y, float[2] z, float[2] k) <bool q = {1}> { y, z, k = If(q) <"
-        "then_branch = t () => (float[2] a, float[2] a2, float[2] c) <float[2] c = {1, 2}> { a = Neg(x) a2 = Identity(a) },"
+        "then_branch = t () => (float[2] a, float[2] a2, float[2] c) <float[2] c = {1, 2}>"
+        "{ a = Neg(x) a2 = Identity(a) },"
         "else_branch = e () => (float[2] u, float[2] v, float[2] w) { u = Abs(x) v = Exp(x) w = Sin(x) }> }",
         ["Neg", "Identity", "Identity"],
     ),
@@ -72,7 +74,8 @@ FIRES = {
         ["Neg", "Identity", "Abs"],
     ),
     "a Loop that stops itself": (
-        f"{HEAD} <int64 m = {{7}}, bool q = {{1}}, bool no = {{0}}> {{ a = Neg(x) b = Loop(m, q, a) <{LOOP.format(more='')}"
+        f"{HEAD} <int64 m = {{7}}, bool q = {{1}}, bool no = {{0}}> {{ a = Neg(x)"
+        f" b = Loop(m, q, a) <{LOOP.format(more='')}"
         "{ d = Identity(no) t = Abs(s) }> y = Exp(b) }",
         ["Neg", "Identity", "Abs", "Exp"],
     ),

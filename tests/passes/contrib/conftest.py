@@ -1,14 +1,21 @@
-"""One node of an operator with random inputs: what the tests of contrib operators draw, build and compare."""
+"""One node of an operator with random inputs: what the tests of contrib operators draw, build and compare.
+
+The truth is ONNX Runtime's own kernel of the operator, on the CPU.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 
-from llmc.passes.graph import Array, Graph, from_model
+from llmc.compiler.session import Session
+from llmc.passes.base import Context, Pass, PassResult
+from llmc.passes.graph import Array, Graph, copy_graph, from_model, to_model
 
 
 @dataclass
@@ -56,5 +63,42 @@ class Case:
         return from_model(onnx.helper.make_model(graph, opset_imports=imports, ir_version=10))
 
 
-def normal(rng: np.random.Generator, *shape: int) -> Array:
-    return rng.standard_normal(shape).astype(np.float32)
+@pytest.fixture(scope="session")
+def one_node() -> type[Case]:
+    """The class of cases: `one_node("BiasGelu", [x, bias])`."""
+    return Case
+
+
+@pytest.fixture(scope="session")
+def decomposed() -> Callable[..., tuple[Graph, PassResult]]:
+    """Run a pass on a case; the graph after it must be standard, and give what the node gave.
+
+    `tolerance` is relative to the largest value of an output; `read` cuts an output to what the operator defines of it.
+    """
+
+    def decomposed(
+        case: Case,
+        pass_class: type[Pass],
+        tolerance: float,
+        opset: int = 21,
+        *,
+        symbolic: bool = False,
+        read: Callable[[str, Array], Array] = lambda _, values: values,
+    ) -> tuple[Graph, PassResult]:
+        graph = case.graph(opset, symbolic=symbolic)
+        before = Session(graph).run(case.feeds)
+        after = copy_graph(graph)
+        result = pass_class().run(after, Context())
+        assert len(result.rewrites) == 1, [miss.reason for miss in result.near_misses]
+        assert all(not node.domain for node in after.nodes)
+        onnx.checker.check_model(to_model(after))
+        found = Session(after).run(case.feeds)
+        for name, expected in before.items():
+            assert found[name].dtype == expected.dtype
+            assert found[name].shape == expected.shape
+            wanted, got = (read(name, v).astype(np.float64) for v in (expected, found[name]))
+            largest = max(1.0, float(np.abs(wanted).max(initial=0)))
+            assert np.allclose(got, wanted, rtol=0, atol=tolerance * largest), (case, name)
+        return after, result
+
+    return decomposed

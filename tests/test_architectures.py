@@ -1,0 +1,292 @@
+"""Real graphs: architectures with random weights, through torch's exporters, optimized, counted and compared.
+
+The truth for numerics is the graph as it was exported; for counts it is the architecture, written down by hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from llmc.compiler.recipe import Recipe
+from llmc.compiler.session import Session
+from llmc.passes.base import Context, NearMiss, Skip
+from llmc.passes.graph import Array, Graph, copy_graph, load_model, scopes, to_model
+
+EXPORTS = ("dynamo-20", "dynamo-23", "dynamo-24", "legacy-17")
+LAYERS = 2
+HIDDEN, HEADS, VOCABULARY = 32, 4, 64
+SIZES = ((2, 8), (3, 5))
+"""Batch and sequence length of the runs that are compared; the first is what is exported with."""
+TOLERANCE = 2e-5
+"""Of the largest value: some dozens of dependent float32 roundings, 2^-24 each; a mask that is lost shows as 1e-2."""
+COUNTED = ("Attention", "LayerNormalization", "RMSNormalization", "RotaryEmbedding", "Gelu")
+
+
+# Architectures
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model as a function of how it is to do attention, what goes in, and what one counts on it."""
+
+    make: Callable[[str], Any]
+    feeds: Callable[[int, int, np.random.Generator], dict[str, Array]]
+    counts: dict[str, int]
+    fast: bool = False
+    """Whether it is tried in every run of the tests."""
+
+
+def tokens(batch: int, length: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Token ids, and a mask that hides the last tokens of each sequence but the first: one more in each."""
+    mask = np.ones((batch, length), np.int64)
+    for row in range(1, batch):
+        mask[row, length - row :] = 0
+    return {"input_ids": rng.integers(3, VOCABULARY, (batch, length)), "attention_mask": mask}
+
+
+def pixels(batch: int, _length: int, rng: np.random.Generator) -> dict[str, Array]:
+    return {"pixel_values": rng.standard_normal((batch, 3, 16, 16)).astype(np.float32)}
+
+
+def features(batch: int, _length: int, rng: np.random.Generator) -> dict[str, Array]:
+    return {"input_features": rng.standard_normal((batch, 8, 16)).astype(np.float32)}
+
+
+def transformer(name: str, **settings: Any) -> Callable[[str], Any]:
+    """The model class `name` of transformers, from its configuration with these settings."""
+
+    def make(attention: str) -> Any:
+        import transformers
+
+        kind = getattr(transformers, name)
+        return kind(kind.config_class(**settings, attn_implementation=attention))
+
+    return make
+
+
+BERT = {
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 2 * HIDDEN,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 32,
+}
+LLAMA = {**BERT, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0}
+VISION = {key: BERT[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+
+
+def encoder(norms: int, gelus: int = LAYERS) -> dict[str, int]:
+    return {"Attention": LAYERS, "LayerNormalization": norms, "Gelu": gelus}
+
+
+def decoder(norms: int, rotations: int = 2 * LAYERS, gelus: int = 0) -> dict[str, int]:
+    return {"Attention": LAYERS, "RMSNormalization": norms, "RotaryEmbedding": rotations, "Gelu": gelus}
+
+
+def whisper_encoder(attention: str) -> Any:
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    return WhisperEncoder(
+        WhisperConfig(
+            d_model=HIDDEN,
+            encoder_layers=LAYERS,
+            encoder_attention_heads=HEADS,
+            encoder_ffn_dim=2 * HIDDEN,
+            num_mel_bins=8,
+            max_source_positions=8,
+            attn_implementation=attention,
+        )
+    )
+
+
+def resnet(_attention: str) -> Any:
+    """Two residual blocks after a stem; BatchNormalization with statistics of its own."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, width: int, wider: int) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                nn.Conv2d(width, wider, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(wider),
+                nn.ReLU(),
+                nn.Conv2d(wider, wider, 3, padding=1, bias=False),
+                nn.BatchNorm2d(wider),
+            )
+            self.short = nn.Sequential(nn.Conv2d(width, wider, 1, stride=2, bias=False), nn.BatchNorm2d(wider))
+
+        def forward(self, x: Any) -> Any:
+            return torch.relu(self.body(x) + self.short(x))
+
+    stem = (nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    return nn.Sequential(
+        *stem, Block(8, 16), Block(16, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    )
+
+
+def mobilenet(_attention: str) -> Any:
+    """Inverted residuals with depthwise convolutions, squeeze and excitation, Hardswish and ReLU6."""
+    from torch import nn
+
+    class Inverted(nn.Module):
+        def __init__(self, width: int, activation: Any) -> None:
+            super().__init__()
+            wide = 4 * width
+            self.widen = nn.Sequential(nn.Conv2d(width, wide, 1, bias=False), nn.BatchNorm2d(wide), activation())
+            self.deep = nn.Sequential(
+                nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False), nn.BatchNorm2d(wide), activation()
+            )
+            self.gate = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), nn.Conv2d(wide, 8, 1), nn.ReLU(), nn.Conv2d(8, wide, 1), nn.Hardsigmoid()
+            )
+            self.narrow = nn.Sequential(nn.Conv2d(wide, width, 1, bias=False), nn.BatchNorm2d(width))
+
+        def forward(self, x: Any) -> Any:
+            deep = self.deep(self.widen(x))
+            return x + self.narrow(deep * self.gate(deep))
+
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), Inverted(8, nn.Hardswish), Inverted(8, nn.ReLU6))
+
+
+def unet(_attention: str) -> Any:
+    """One level down and up again, with GroupNorm, SiLU, a skip connection and a transposed convolution."""
+    import torch
+    from torch import nn
+
+    def block(width: int, wider: int) -> Any:
+        return nn.Sequential(nn.Conv2d(width, wider, 3, padding=1), nn.GroupNorm(4, wider), nn.SiLU())
+
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.low, self.last = block(3, 8), block(8, 16), block(16, 8)
+            self.down, self.up = nn.MaxPool2d(2), nn.ConvTranspose2d(16, 8, 2, stride=2)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: Any) -> Any:
+            first = self.first(x)
+            risen = self.norm(self.up(self.low(self.down(first))))
+            return self.last(torch.cat([first, risen], 1))
+
+    return UNet()
+
+
+ARCHITECTURES = {
+    "bert": Architecture(transformer("BertModel", **BERT), tokens, encoder(1 + 2 * LAYERS), fast=True),
+    "roberta": Architecture(transformer("RobertaModel", **BERT), tokens, encoder(1 + 2 * LAYERS)),
+    "distilbert": Architecture(
+        transformer("DistilBertModel", dim=HIDDEN, n_layers=LAYERS, n_heads=HEADS, hidden_dim=64, vocab_size=VOCABULARY),
+        tokens,
+        encoder(1 + 2 * LAYERS),
+    ),
+    "deberta-v2": Architecture(
+        transformer(
+            "DebertaV2Model", **BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, share_att_key=True
+        ),
+        tokens,
+        # disentangled attention adds terms to the scores that depend on both positions: no Attention node computes it
+        encoder(1 + 2 * LAYERS + 1) | {"Attention": 0},
+    ),
+    "vit": Architecture(
+        transformer("ViTModel", **VISION, image_size=16, patch_size=4), pixels, encoder(2 * LAYERS + 1), fast=True
+    ),
+    "clip-text": Architecture(
+        transformer("CLIPTextModel", **BERT, hidden_act="gelu", eos_token_id=2), tokens, encoder(2 * LAYERS + 1)
+    ),
+    "clip-vision": Architecture(
+        transformer("CLIPVisionModel", **VISION, image_size=16, patch_size=4), pixels, encoder(2 * LAYERS + 1, 0)
+    ),
+    "whisper-encoder": Architecture(whisper_encoder, features, encoder(2 * LAYERS + 1, LAYERS + 2)),
+    "t5-encoder": Architecture(
+        transformer(
+            "T5EncoderModel", d_model=HIDDEN, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=HEADS, vocab_size=VOCABULARY
+        ),
+        tokens,
+        {"Attention": LAYERS, "RMSNormalization": 2 * LAYERS + 1},
+    ),
+    "gpt2": Architecture(
+        transformer(
+            "GPT2Model", n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCABULARY, n_positions=32, use_cache=False
+        ),
+        tokens,
+        encoder(2 * LAYERS + 1),
+        fast=True,
+    ),
+    "llama": Architecture(transformer("LlamaModel", **LLAMA), tokens, decoder(2 * LAYERS + 1), fast=True),
+    "qwen2": Architecture(transformer("Qwen2Model", **LLAMA), tokens, decoder(2 * LAYERS + 1)),
+    "qwen3": Architecture(transformer("Qwen3Model", **LLAMA, head_dim=8), tokens, decoder(4 * LAYERS + 1)),
+    "gemma": Architecture(transformer("GemmaModel", **LLAMA, head_dim=8), tokens, decoder(2 * LAYERS + 1, gelus=LAYERS)),
+    "phi": Architecture(
+        transformer("PhiModel", **LLAMA), tokens, encoder(LAYERS + 1) | {"RotaryEmbedding": 2 * LAYERS}
+    ),
+    "mistral": Architecture(transformer("MistralModel", **LLAMA), tokens, decoder(2 * LAYERS + 1)),
+    "mixtral": Architecture(
+        transformer("MixtralModel", **LLAMA, num_local_experts=4), tokens, decoder(2 * LAYERS + 1)
+    ),
+    "resnet": Architecture(resnet, pixels, {}, fast=True),
+    "mobilenet": Architecture(mobilenet, pixels, {}),
+    "unet": Architecture(unet, pixels, {"GroupNormalization": 3}),
+}
+
+
+# Exports
+
+
+def export(architecture: Architecture, how: str, path: Path) -> None:
+    """Write the model to `path`: named inputs, dynamic in batch and sequence → "output"."""
+    import torch
+
+    exporter, opset = how.split("-")
+    torch.manual_seed(0)
+    model = architecture.make("sdpa" if exporter == "dynamo" else "eager").eval()
+    randomise(model)
+    if getattr(getattr(model, "config", None), "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation("batched_mm")
+    sample = architecture.feeds(*SIZES[0], np.random.default_rng(0))
+
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *given: Any) -> Any:
+            if len(given) == 1 and next(iter(sample)) == "pixel_values" and not hasattr(model, "config"):
+                return self.model(given[0])
+            return self.model(**dict(zip(sample, given, strict=True))).last_hidden_state
+
+    axes = {name: {0: "batch", **({1: "sequence"} if value.ndim == 2 else {})} for name, value in sample.items()}
+    options: dict[str, Any] = {"opset_version": int(opset), "input_names": list(sample), "output_names": ["output"]}
+    if exporter == "dynamo":
+        options |= {"dynamo": True, "dynamic_shapes": {"given": tuple(axes.values())}, "external_data": False}
+    else:
+        options |= {"dynamo": False, "dynamic_axes": {**axes, "output": next(iter(axes.values()))}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters' own, about tracing and deprecations
+        logging.disable(logging.WARNING)
+        given = tuple(torch.from_numpy(value) for value in sample.values())
+        torch.onnx.export(Named(), given, str(path), verbose=False, **options)
+        logging.disable(logging.NOTSET)
+
+
+def randomise(model: Any) -> None:
+    """Biases, norms and statistics other than the 0 and 1 that they begin with, so that none can be dropped unseen."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() and tensor.ndim == 1 and "inv_freq" not in name:
+                tensor.add_(torch.rand_like(tensor) * 0.5)
