@@ -46,9 +46,9 @@ typecheck: $(INSTALLED) ## Check the types
 
 check: test lint typecheck ## All of the three above
 
-bench: $(INSTALLED) ## Time the command line's start, and the compile of the demo
-	time $(BIN)/llmc --help > /dev/null
-	time $(BIN)/llmc compile "$(MINILM)" --recipe minilm-fp16 -o build/bench
+bench: $(INSTALLED) ## Compare nodes, time and memory with those of other optimizers
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python tests/bench --out build/bench.json
 
 schema: $(INSTALLED) ## Write what is made from the code anew: the JSON Schemas, docs/passes.md
 	$(BIN)/python -c "$(call WRITE,llmc.compiler.recipe.schema,configs/recipe.schema.json)"

@@ -97,7 +97,7 @@ class ConvertFp16(Pass):
                 break
             half[id(node)] = form
             if node.op not in MOVE and node.op != "Cast":
-                result.asked[_label(node)] = "float16"
+                result.asked[node.name] = "float16"
         if half:
             Retyping(graph, half, decisions.masks, decisions.misfits, self.inputs_outputs == "convert").run()
         return result
@@ -143,7 +143,7 @@ class _Decisions:
         if id(node) not in self.kept:
             self.kept[id(node)] = reason
             if node.op not in MOVE:
-                self.result.kept[_label(node)] = reason
+                self.result.kept[node.name] = reason
 
     def to_convert(self) -> list[tuple[Node, Form]]:
         """The nodes that become float16, in graph order; data movement among float32 nodes is left with them."""
@@ -163,7 +163,7 @@ class _Decisions:
         for pattern in self.settings.keep:
             if any(_matches(node, pattern) for node in nodes):
                 continue
-            names = dict.fromkeys(name for node in nodes for name in (_label(node), module_of(node), node.op) if name)
+            names = dict.fromkeys(name for node in nodes for name in (node.name, module_of(node), node.op) if name)
             near = difflib.get_close_matches(pattern, names, cutoff=0.4)
             hint = f"; nearest: {', '.join(repr(name) for name in near)}" if near else ""
             raise LlmcError(f"convert-fp16: `keep` pattern '{pattern}' matches no node, module or operator{hint}")
@@ -331,12 +331,8 @@ def _weight_matrices(graph: Graph) -> Iterator[int]:
 
 
 def _matches(node: Node, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in (_label(node), module_of(node), node.op))
-
-
-def _label(node: Node) -> str:
-    return str(node.name or node.outputs[0].name)
+    return any(fnmatchcase(name, pattern) for name in (node.name, module_of(node), node.op))
 
 
 def _called(node: Node) -> str:
-    return f"{node.op} '{_label(node)}'"
+    return f"{node.op} '{node.name}'"

@@ -57,6 +57,8 @@ class FoldQdq(Pass):
     - `DQ(B, s)` of an int32 constant, as biases come → the constant B · s. A warning where s is not the product of
       the scales of data and weight.
 
+    A pair that several nodes read stays shared: TensorRT builds the same kernels from it as from a pair for each.
+
     **Safety:** exact: DQ and then Q by one scale gives back every level of 8 bits, where the scale is a normal number.
 
     Source: ONNX operators QuantizeLinear and DequantizeLinear; TensorRT developer guide, "Working with Quantized

@@ -13,7 +13,18 @@ from llmc.passes.attention_match import AttentionMatcher, NotAttentionError, Sit
 from llmc.passes.base import Context, NearMiss, Pass, PassResult
 from llmc.passes.dimension import Dimension, Shape
 from llmc.passes.dimensions import Dimensions
-from llmc.passes.graph import Graph, Node, fresh_names, infer_shapes, metadata, module_of, outputs_of_scopes, scopes
+from llmc.passes.graph import (
+    Graph,
+    Node,
+    dtype_name,
+    fresh_names,
+    infer_shapes,
+    metadata,
+    module_of,
+    onnx_dtype,
+    outputs_of_scopes,
+    scopes,
+)
 from llmc.passes.opset import raise_opset
 from llmc.passes.pattern import Builder
 from llmc.passes.placement import Placement
@@ -142,6 +153,10 @@ class _Fusion:
         """The attention around a Softmax and the shape of its scores. Raises NotAttentionError."""
         site = self.matcher.at(softmax)
         self._take_groups(site)
+        taken = (site.query, site.key, site.value, site.product.outputs[0])
+        types = sorted({dtype_name(onnx_dtype(tensor)) for tensor in taken})
+        if len(types) > 1:
+            raise NotAttentionError(f"queries, keys, values and result are of several types: {', '.join(types)}")
         scores = self._check_shapes(site)
         masks.check(site, scores)
         return site, scores

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from llmc.passes import normalised_axes as last
-from llmc.passes.graph import dtype_name
+from llmc.passes.graph import Tensor, dtype_name
 from llmc.passes.rewrite import Attribute, Rewrite, RewritePass, Scalar, Weight
 
 FLOAT = onnx.TensorProto.FLOAT
@@ -50,7 +50,7 @@ class RMSNormScale(_RMSNorm):
         return op.Mul(self.normalised(op, x, axes, epsilon), scale)
 
     def check(self, x: Any, axes: Any, scale: Any) -> str | None:
-        return last.problem(x, axes, scale)
+        return _centred(x) or last.problem(x, axes, scale)
 
     def replace(self, op: Any, x: Any, axes: Any, epsilon: Any, scale: Any) -> Any:
         return op.RMSNormalization(x, last.affine(scale, x, axes), axis=-len(axes), epsilon=epsilon)
@@ -63,10 +63,18 @@ class RMSNormPlain(_RMSNorm):
         return self.normalised(op, x, axes, epsilon)
 
     def check(self, x: Any, axes: Any) -> str | None:
-        return last.problem(x, axes)
+        return _centred(x) or last.problem(x, axes)
 
     def replace(self, op: Any, x: Any, axes: Any, epsilon: Any) -> Any:
         return op.RMSNormalization(x, last.ones(x, axes), axis=-len(axes), epsilon=epsilon)
+
+
+def _centred(x: Tensor) -> str | None:
+    """Whether x is z − mean(z), so that this is the second half of a layer normalisation."""
+    producer = x.inputs[0] if x.inputs else None
+    if producer is None or producer.op != "Sub" or not any(n.op == "ReduceMean" for n in producer.inputs[1].inputs):
+        return None
+    return f"'{x.name}' is centred: a layer normalisation, which fuse-layer-norm takes"
 
 
 class _Widened(_RMSNorm):

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+from pydantic import Field
 
 from llmc.passes.graph import onnx_dtype
-from llmc.passes.rewrite import Attribute, Rewrite, RewritePass, Scalar
+from llmc.passes.rewrite import NEWEST_OPSET, Attribute, Rewrite, RewritePass, Scalar
 
 
 class SwishPlain(Rewrite):
@@ -129,7 +130,10 @@ class FuseSwish(RewritePass):
     x [any shape], float16, bfloat16, float32 or float64 (HardSwish and Mish: not bfloat16):
     `Mul(x, Sigmoid(x))` → `Swish(x)`; `Mul(x, Sigmoid(Mul(x, α)))` → `Swish(x, alpha=α)`, quick GELU with α = 1.702;
     `Mul(x, HardSigmoid(x, alpha=1/6, beta=1/2))` and `Div(Mul(x, Clip(Add(x, 3), 0, 6)), 6)` → `HardSwish(x)`;
-    `Mul(x, Tanh(Softplus(x)))` → `Mish(x)`. Swish raises the graph to opset 24.
+    `Mul(x, Tanh(Softplus(x)))` → `Mish(x)`.
+
+    Swish came with opset 24. A graph of an older one keeps Mul and Sigmoid unless it may be raised: TensorRT makes one
+    kernel of both forms, and older runtimes do not read opset 24.
 
     **Safety:** tolerance; the same function, rounded fewer times (float32: 1e-6 of the largest value).
 
@@ -139,6 +143,9 @@ class FuseSwish(RewritePass):
 
     after: ClassVar = ("fold-constants",)
     safety: ClassVar = "tolerance"
+
+    raise_opset: bool = Field(False, description="Raise the graph to opset 24 where that makes room for Swish.")
+
     rules: ClassVar = (
         HardSwishFromHardSigmoid(),
         HardSwishFromClip(),
@@ -148,3 +155,6 @@ class FuseSwish(RewritePass):
         SwishFromExp(),
         SwishAlpha(),
     )
+
+    def newest_opset(self) -> int:
+        return NEWEST_OPSET if self.raise_opset else MishFromSoftplus.opset

@@ -296,6 +296,10 @@ class Matcher:
         return bound
 
 
+SINGLE = {"min", "max", "k"}
+"""Of the attributes that became inputs, those that are one number; the others are lists, whatever shape they have."""
+
+
 def attribute(node: Node, name: str, default: object = None) -> Any:
     """An attribute's value, also where newer opsets made it an input; None where that input is no constant."""
     if name in node.attrs:
@@ -303,7 +307,9 @@ def attribute(node: Node, name: str, default: object = None) -> Any:
     position, _ = ATTRIBUTE_BECAME_INPUT.get(node.op, {}).get(name, (0, 0))
     if position and len(node.inputs) > position and not node.inputs[position].is_empty():
         value = constant_value(node.inputs[position])
-        return None if value is None else value.tolist()
+        if value is None:
+            return None
+        return value.item() if name in SINGLE else value.reshape(-1).tolist()
     return default
 
 

@@ -46,6 +46,9 @@ from llmc.passes.pattern import Rewrite as Rewrite
 from llmc.passes.pattern import Scalar as Scalar
 from llmc.passes.pattern import Weight as Weight
 
+NEWEST_OPSET = 25
+"""To which rules may raise a graph: TensorRT reads no newer one."""
+
 
 class RewritePass(Pass):
     """A pass that is a list of rules, tried in order; again and again where one rewrite may make room for another."""
@@ -61,20 +64,28 @@ class RewritePass(Pass):
             for rule in self.rules:
                 if any(operator_of(node) == rule.heart.op for scope in scopes(graph) for node in scope.nodes):
                     context.infer_shapes(graph)
-                    apply_rule(rule, graph, context, result)
+                    apply_rule(rule, graph, context, result, self.newest_opset())
             if not self.repeat or len(result.rewrites) == before:
                 break
         _drop_explained(result)
         return result
 
+    def newest_opset(self) -> int:
+        """To which the rules may raise the graph."""
+        return NEWEST_OPSET
 
-def apply_rule(rule: Rewrite, graph: Graph, context: Context, result: PassResult) -> None:
+
+def apply_rule(
+    rule: Rewrite, graph: Graph, context: Context, result: PassResult, newest_opset: int = NEWEST_OPSET
+) -> None:
     """Apply one rule wherever it fits, in the graph and its subgraphs; refusals go to the near misses.
 
-    The graph's shapes must have been inferred.
+    The graph's shapes must have been inferred. It is raised to the opset of the rule, but not above `newest_opset`.
     """
     if graph.opset < rule.opset and any(_matches(rule, graph, scope, []) for scope in scopes(graph)):
-        problem = raise_opset(graph, rule.opset)
+        problem: str | None = f"it needs opset {rule.opset}, and the graph of opset {graph.opset} is not to be raised"
+        if rule.opset <= newest_opset:
+            problem = raise_opset(graph, rule.opset)
         if problem is not None:
             result.near_misses.append(NearMiss(rule.name, "", problem))
             return

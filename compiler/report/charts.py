@@ -143,6 +143,8 @@ def _ticks(decades: range) -> range:
 def _place(value: float, decades: range) -> str:
     if math.isnan(value) or value == math.inf:
         return "100%"
+    if value <= 0:  # a budget of no difference at all: the left edge
+        return "0%"
     share = (math.log10(value) - decades[0]) / (decades[-1] - decades[0])
     return f"{100 * min(1.0, max(0.0, share)):.2f}%"
 

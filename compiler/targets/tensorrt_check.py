@@ -76,9 +76,7 @@ def default_capabilities(graph: Graph) -> list[int]:
 def label(node: Node) -> str:
     """How messages name a node: "node 'a/b' (my.domain::Foo)"."""
     operator = f"{node.domain}::{node.op}" if node.domain and node.domain != "ai.onnx" else node.op
-    if node.name:
-        return f"node '{node.name}' ({operator})"
-    return f"unnamed node ({operator}) that makes '{node.outputs[0].name if node.outputs else ''}'"
+    return f"node '{node.name}' ({operator})"
 
 
 def _typed(graph: Graph) -> Graph:

@@ -23,6 +23,7 @@ def group_query_attention(site: Site) -> Made:
 
     A batch's sequence b has `seqlens_k[b] + 1` tokens, of which the last S are new (all of them where
     `total_sequence_length` is S: then the past is not read). The new ones go to the cache by TensorScatter.
+    Queries and cache beyond the length of a sequence are of no meaning, here as there, and may differ.
     """
     site.refuse_inputs(REFUSED)
     site.refuse_attributes(softcap=0.0, sliding_window_cache=0, qk_output=0, k_quant_type="NONE", v_quant_type="NONE")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger
 from llmc.passes.decompose_quantized import DecomposeQuantized
-from llmc.passes.graph import to_model
+from llmc.passes.graph import from_model, to_model
 
 GRIDS = "<float s = {0.5}, float t = {0.25}, uint8 u = {128}, int8 z = {0}>"
 HEAD = f"(float[N,4] x, int8[4,3] w) => (float[N,3] y) {GRIDS}"
@@ -107,3 +109,23 @@ def test_dynamic_quantization_before_a_product_needs_no_integers(parse: Any) -> 
     (product,) = (node for node in graph.nodes if node.op == "MatMul")
     assert product.inputs[0].inputs[0].op == "Sub"
     assert [t.inputs[0].op for t in product.inputs[0].inputs[0].inputs] == ["Clip", "Round"]
+
+
+def test_gives_what_the_node_tests_of_onnx_expect() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from onnx.backend.test.case.node import collect_testcases
+
+        quantized = ("ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+        cases = [c for c in collect_testcases(None) if any(n.op_type in quantized for n in c.model.graph.node)]
+    assert len(cases) >= 15
+    for case in cases:
+        graph = from_model(case.model)
+        rewrites = DecomposeQuantized().run(graph, Context()).rewrites
+        assert len(rewrites) == 1, case.name
+        onnx.checker.check_model(to_model(graph), full_check=True)
+        for inputs, outputs in case.data_sets:
+            feeds = {i.name: np.asarray(value) for i, value in zip(case.model.graph.input, inputs, strict=True)}
+            found = Session(graph).run(feeds)
+            for info, expected in zip(case.model.graph.output, outputs, strict=True):
+                assert np.array_equal(found[info.name], expected), case.name

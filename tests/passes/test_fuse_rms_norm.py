@@ -43,6 +43,11 @@ LEAVES_ALONE = {
         model("p = Relu(x) y = Div(p, r)"),
         "'x' stands where 'p' must stand again (x)",
     ),
+    "layer normalisation": (
+        HEAD.format(two=2, more="") + "{ u = ReduceMean<axes=[-1]>(x) d = Sub(x, u) s = Pow(d, two) "
+        "m = ReduceMean<axes=[-1]>(s) a = Add(m, e) r = Sqrt(a) n = Div(d, r) y = Mul(n, w) }",
+        "'d' is centred: a layer normalisation, which fuse-layer-norm takes",
+    ),
     "float64": (
         model(SCALED).replace("float[", "double[").replace("float ", "double "),
         "the type of 'x' is float64, the fused operator computes in float32",

@@ -82,17 +82,17 @@ LEAVES_ALONE = {
 @pytest.mark.parametrize("name", FIRES)
 def test_fires(name: str, fires: Any) -> None:
     text, operators, opset = FIRES[name]
-    fires(FuseSwish(), text, operators, opset=opset)
+    fires(FuseSwish(raise_opset=True), text, operators, opset=opset)
 
 
 @pytest.mark.parametrize("name", LEAVES_ALONE)
 def test_leaves_alone(name: str, leaves_alone: Any) -> None:
-    leaves_alone(FuseSwish(), *LEAVES_ALONE[name])
+    leaves_alone(FuseSwish(raise_opset=True), *LEAVES_ALONE[name])
 
 
 def test_quick_gelu_is_swish_with_its_factor(parse: Any) -> None:
     graph = parse(model("p = Mul(k, x) s = Sigmoid(p) y = Mul(x, s)"))
-    FuseSwish().run(graph, Context())
+    FuseSwish(raise_opset=True).run(graph, Context())
     (node,) = graph.nodes
     assert node.attrs["alpha"] == pytest.approx(1.702)
     assert graph.opset == 24
@@ -100,7 +100,7 @@ def test_quick_gelu_is_swish_with_its_factor(parse: Any) -> None:
 
 def test_hard_swish_and_mish_leave_the_opset(parse: Any) -> None:
     graph = parse(model("p = Softplus(x) t = Tanh(p) y = Mul(x, t)"))
-    FuseSwish().run(graph, Context())
+    FuseSwish(raise_opset=True).run(graph, Context())
     assert graph.opset == 20
 
 
@@ -110,5 +110,11 @@ def test_fires_inside_a_subgraph(parse: Any) -> None:
         "<then_branch = t () => (float[2,4] ty) { s = Sigmoid(x) ty = Mul(x, s) },"
         " else_branch = f () => (float[2,4] fy) { fy = Identity(x) }> }"
     )
-    FuseSwish().run(graph, Context())
+    FuseSwish(raise_opset=True).run(graph, Context())
     assert [node.op for node in graph.nodes[0].attrs["then_branch"].nodes] == ["Swish"]
+
+
+def test_the_opset_is_raised_only_where_asked_for(leaves_alone: Any, fires: Any) -> None:
+    reason = "it needs opset 24, and the graph of opset 23 is not to be raised"
+    leaves_alone(FuseSwish(), model(SILU), reason, opset=23)
+    fires(FuseSwish(), model(SILU), ["Swish"], opset=24)

@@ -235,8 +235,8 @@ def test_nests_compute_the_same(case: tuple[list[onnx.NodeProto], list[str]], q:
     assert all(np.array_equal(found[key], value) for key, value in expected.items())
 
 
-def test_time_is_linear_in_the_depth() -> None:
-    """A thousand branches side by side, each of its own If, on names that all of them share."""
+def test_branches_side_by_side_share_their_names() -> None:
+    """A thousand of them: 0.3 s where each edge is touched once."""
     branch = {
         key: onnx.helper.make_graph(
             [onnx.helper.make_node(op, ["x"], ["z"])], "b", [], [onnx.helper.make_tensor_value_info("z", 1, [2])]

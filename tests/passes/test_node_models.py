@@ -1,4 +1,4 @@
-"""The graph passes on the ONNX package's own node tests: every operator, most of its attributes, in ONNX Runtime.
+"""The recipe `optimize` on the ONNX package's own node tests: every operator, most of its attributes, in ONNX Runtime.
 
 Each model is tried as it is; with every node there twice, for eliminate-common; and with its inputs turned into
 constants, for fold-constants, which must then compute what ONNX Runtime computes.
@@ -16,16 +16,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+from llmc.compiler.recipe import Recipe
 from llmc.passes.base import Context, Pass
-from llmc.passes.eliminate_common import EliminateCommon
-from llmc.passes.eliminate_dead import EliminateDead
 from llmc.passes.evaluate import MOVE, RANDOM
-from llmc.passes.fold_constants import FoldConstants
 from llmc.passes.graph import from_model, to_model
 
 NEWEST_OPSET = 26
 """The newest that ONNX Runtime takes; models above it are tried at this one, where their operator mostly exists."""
-PASSES = (EliminateCommon(), FoldConstants(), EliminateDead())
+PASSES = Recipe.load("optimize").passes
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def same(found: Any, expected: Any, tolerance: float) -> bool:
 
 
 def tolerance_of(case: Case) -> float:
-    """float32 functions and sums of tens of terms differ by a few times 2^-24; moved values not at all."""
+    """A fused float32 function, or a sum of tens of terms, differs by a few times 2^-24; moved values do not at all."""
     return 0.0 if all(node.op_type in MOVE for node in case.model.graph.node) else 32 * 2.0**-24
 
 
@@ -154,7 +152,7 @@ def failures(case: Case) -> Iterator[str]:
         except Exception as error:
             yield f"{label}: {type(error).__name__}: {error}"
             continue
-        if not same(found, expected, tolerance_of(case) if variant is with_constant_inputs else 0.0):
+        if not same(found, expected, tolerance_of(case)):
             yield f"{label}: the results differ"
 
 

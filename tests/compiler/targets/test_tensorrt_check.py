@@ -78,7 +78,7 @@ BAD: dict[str, tuple[Callable[[Make], Graph], str]] = {
     ),
     "unknown operator, twice, unnamed": (
         lambda make: make("(float[4,8] x) => (float[4,8] y) { z = my.domain.Foo(x) y = my.domain.Foo(z) }"),
-        "unnamed node (my.domain::Foo) that makes 'z' and 1 more: TensorRT has no such operator: "
+        "node 'z' (my.domain::Foo) and 1 more: TensorRT has no such operator: "
         "rewrite it in standard ONNX operators",
     ),
     "an operator without a kernel": (
