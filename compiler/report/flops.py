@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from math import prod
 
 from llmc.passes.base import Context, Skip
-from llmc.passes.fold_constants import FoldConstants
 from llmc.passes.graph import Graph, Node, Tensor, copy_graph, infer_shapes, scopes, shape_of
+from llmc.passes.simplify.fold_constants import FoldConstants
 
 Sizes = Mapping[str, int]
 

@@ -6,9 +6,9 @@ import pytest
 
 from llmc.compiler import pipeline
 from llmc.passes.base import Context, Pass, PassError, PassResult, Skip
-from llmc.passes.eliminate_dead import EliminateDead
-from llmc.passes.fuse_gelu import FuseGelu
+from llmc.passes.fuse.fuse_gelu import FuseGelu
 from llmc.passes.graph import Graph, from_structure
+from llmc.passes.simplify.eliminate_dead import EliminateDead
 
 TWO_GELUS = (
     "(float[N,4] x) => (float[N,4] y) <float s = {1.41421}, float one = {1.0}, float h = {0.5}> {"

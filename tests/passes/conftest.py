@@ -12,8 +12,8 @@ import pytest
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger, Pass, PassResult
-from llmc.passes.convert_fp16 import ConvertFp16
 from llmc.passes.graph import Array, Graph, copy_graph, onnx_dtype, to_model
+from llmc.passes.precision.convert_fp16 import ConvertFp16
 
 
 @pytest.fixture(scope="session")

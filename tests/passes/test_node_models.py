@@ -18,8 +18,8 @@ import pytest
 
 from llmc.compiler.recipe import Recipe
 from llmc.passes.base import Context, Pass
-from llmc.passes.evaluate import MOVE, RANDOM
 from llmc.passes.graph import from_model, to_model
+from llmc.passes.simplify.evaluate import MOVE, RANDOM
 
 NEWEST_OPSET = 26
 """The newest that ONNX Runtime takes; models above it are tried at this one, where their operator mostly exists."""

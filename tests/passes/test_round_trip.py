@@ -16,17 +16,17 @@ import pytest
 
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Pass
-from llmc.passes.eliminate_common import EliminateCommon
-from llmc.passes.eliminate_dead import EliminateDead
-from llmc.passes.eliminate_identity import EliminateIdentity
-from llmc.passes.fold_constants import FoldConstants
-from llmc.passes.fuse_clip import FuseClip
-from llmc.passes.fuse_gelu import FuseGelu
-from llmc.passes.fuse_group_norm import FuseGroupNorm
-from llmc.passes.fuse_layer_norm import FuseLayerNorm
-from llmc.passes.fuse_rms_norm import FuseRMSNorm
-from llmc.passes.fuse_swish import FuseSwish
+from llmc.passes.fuse.fuse_clip import FuseClip
+from llmc.passes.fuse.fuse_gelu import FuseGelu
+from llmc.passes.fuse.fuse_group_norm import FuseGroupNorm
+from llmc.passes.fuse.fuse_layer_norm import FuseLayerNorm
+from llmc.passes.fuse.fuse_rms_norm import FuseRMSNorm
+from llmc.passes.fuse.fuse_swish import FuseSwish
 from llmc.passes.graph import Array, Graph, from_model
+from llmc.passes.simplify.eliminate_common import EliminateCommon
+from llmc.passes.simplify.eliminate_dead import EliminateDead
+from llmc.passes.simplify.eliminate_identity import EliminateIdentity
+from llmc.passes.simplify.fold_constants import FoldConstants
 
 PASSES: tuple[Pass, ...] = (
     EliminateDead(),

@@ -327,7 +327,9 @@ def test_from_the_hubs_cache(bert: tuple[Path, Loaded], monkeypatch: pytest.Monk
     snapshot = tmp_path / "0123abc"
     snapshot.symlink_to(bert[0])
     monkeypatch.setattr("llmc.compiler.loaders.hub.fetch", lambda *_, **__: snapshot)
-    monkeypatch.setattr("llmc.compiler.loaders.huggingface.load_huggingface", lambda *_, **__: replace(bert[1], notes=[]))
+    monkeypatch.setattr(
+        "llmc.compiler.loaders.huggingface.load_huggingface", lambda *_, **__: replace(bert[1], notes=[])
+    )
     loaded = load("owner/name@main")
     assert (loaded.name, loaded.notes) == ("owner/name@main", ["owner/name@main was read at revision 0123abc"])
 

@@ -78,8 +78,7 @@ BAD: dict[str, tuple[Callable[[Make], Graph], str]] = {
     ),
     "unknown operator, twice, unnamed": (
         lambda make: make("(float[4,8] x) => (float[4,8] y) { z = my.domain.Foo(x) y = my.domain.Foo(z) }"),
-        "node 'z' (my.domain::Foo) and 1 more: TensorRT has no such operator: "
-        "rewrite it in standard ONNX operators",
+        "node 'z' (my.domain::Foo) and 1 more: TensorRT has no such operator: rewrite it in standard ONNX operators",
     ),
     "an operator without a kernel": (
         lambda make: make("(float[4,8] x) => (int64[2,n] y) { [n] y = NonZero(x) }"),

@@ -1,0 +1,1 @@
+"""Operators that TensorRT lacks, spelled out in standard ones."""

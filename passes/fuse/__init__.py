@@ -1,0 +1,1 @@
+"""Fusions: many nodes to one that TensorRT has a kernel for."""

@@ -1,0 +1,152 @@
+"""Tensors, weights and nodes: the words that everything else about graphs is said in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.inliner
+from onnx_graphsurgeon import Constant as Constant
+from onnx_graphsurgeon import Graph as Graph
+from onnx_graphsurgeon import Node as Node
+from onnx_graphsurgeon import Tensor as Tensor
+from onnx_graphsurgeon import Variable as Variable
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Shape = tuple[int | str | None, ...]
+
+SMALL = 1024
+"""Bytes. Smaller constants always stand inside the graph proto; larger ones may stay in a file."""
+FOUR_BIT = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
+
+
+class Weights(LazyValues):  # type: ignore[misc]  # graphsurgeon has no types
+    """The values of a constant, left where they are (a file, or the proto that was loaded) until asked for.
+
+    `load()` gives a read-only array that views the file's pages: reading weights costs no anonymous memory.
+    """
+
+    def __init__(self, onnx_dtype: int, shape: tuple[int, ...], source: FileRegion | onnx.TensorProto) -> None:
+        self.onnx_dtype = onnx_dtype
+        self.shape = shape
+        self.dtype = numpy_dtype(onnx_dtype)
+        self.source = source
+        self.nbytes = stored_bytes(onnx_dtype, prod(shape))
+
+    def load(self) -> Array:
+        """The values, shaped and typed; a view of mapped pages where the layout allows it."""
+        if isinstance(self.source, onnx.TensorProto):
+            if self.source.HasField("raw_data") and self.onnx_dtype not in FOUR_BIT and self.nbytes:
+                return np.frombuffer(self.source.raw_data, dtype=self.dtype).reshape(self.shape)
+            return cast(Array, onnx.numpy_helper.to_array(self.source))
+        if not self.nbytes:
+            return np.empty(self.shape, dtype=self.dtype)
+        raw: Array = np.memmap(
+            self.source.path, dtype=np.uint8, mode="r", offset=self.source.offset, shape=(self.nbytes,)
+        )
+        if self.onnx_dtype in FOUR_BIT:
+            return unpack_four_bit(raw, self.dtype, self.shape)
+        return raw.view(self.dtype).reshape(self.shape)
+
+
+class Derived(Weights):
+    """Values made from other values each time they are asked for: a large result takes no memory while nobody reads it.
+
+    `make` gives an array of this type and shape, and the same one every time.
+    """
+
+    def __init__(self, onnx_dtype: int, shape: tuple[int, ...], make: Callable[[], Array]) -> None:
+        super().__init__(onnx_dtype, shape, onnx.TensorProto())
+        self.make = make
+
+    def load(self) -> Array:
+        return self.make()
+
+
+@dataclass(frozen=True)
+class FileRegion:
+    """Where a tensor's bytes stand in a file: `offset` in bytes from its start."""
+
+    path: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model without its large weights: the proto refers to them as external data, `weights` has them by name."""
+
+    model: onnx.ModelProto
+    weights: Mapping[str, Array | Weights]
+
+
+def unpack_four_bit(raw: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    """Two values a byte, the first in the low nibble (ONNX, "4-bit integer types") → one value an element."""
+    nibbles = np.stack([raw & 0x0F, raw >> 4], axis=-1).reshape(-1)[: prod(shape)]
+    return (
+        nibbles.astype(np.uint8).view(dtype).reshape(shape)
+        if dtype != ml_dtypes.int4
+        else (((nibbles.astype(np.int8) ^ 8) - 8).astype(ml_dtypes.int4).reshape(shape))
+    )
+
+
+def stored_bytes(onnx_dtype: int, count: int) -> int:
+    """Bytes that `count` values of an ONNX type take in a file (4-bit types: two values a byte)."""
+    if onnx_dtype in FOUR_BIT:
+        return (count + 1) // 2
+    if onnx_dtype == onnx.TensorProto.STRING:
+        return 0
+    return count * numpy_dtype(onnx_dtype).itemsize
+
+
+@cache
+def numpy_dtype(onnx_dtype: int) -> np.dtype[Any]:
+    """The NumPy (or ml_dtypes) type of an ONNX element type."""
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(onnx_dtype))
+
+
+def onnx_dtype(tensor: Tensor) -> int:
+    """The ONNX element type of a tensor; `UNDEFINED` (0) where it is not known."""
+    dtype = tensor.dtype
+    if dtype is None:
+        return onnx.TensorProto.UNDEFINED
+    if isinstance(dtype, int):
+        return dtype
+    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def dtype_name(onnx_dtype: int) -> str:
+    """'float32', 'bfloat16', 'int8' …: the name that reports and recipes use."""
+    return numpy_dtype(onnx_dtype).name if onnx_dtype else "unknown"
+
+
+def shape_of(tensor: Tensor) -> Shape | None:
+    """Dimensions as integers, names or None for an unknown one; None where the rank itself is unknown."""
+    return None if tensor.shape is None else tuple(tensor.shape)
+
+
+def metadata(node: Node) -> dict[str, str]:
+    """The node's metadata (exporters put the source module there); writable."""
+    return cast("dict[str, str]", node.__dict__.setdefault("metadata", {}))
+
+
+def extra_attributes(node: Node) -> list[onnx.AttributeProto]:
+    """Attributes that graphsurgeon cannot hold (types, sparse tensors, empty lists); kept as they came."""
+    return cast("list[onnx.AttributeProto]", node.__dict__.setdefault("extra_attributes", []))
+
+
+def module_of(node: Node) -> str:
+    """The source module of a node ('encoder.layer.3.attention'), '' where the exporter left none.
+
+    torch.onnx writes `pkg.torch.onnx.name_scopes`, a Python list of scopes from the model to the operator.
+    """
+    scopes = metadata(node).get("pkg.torch.onnx.name_scopes", "")
+    names = [part.strip(" '\"[]") for part in scopes.split(",")]
+    return next((name for name in reversed(names[:-1]) if name), "")

@@ -1,0 +1,1 @@
+"""What precision the arithmetic has."""

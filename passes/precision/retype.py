@@ -1,0 +1,163 @@
+"""Gives float32 tensors of a graph the type float16, with Casts where the two meet."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from llmc.passes.graph import (
+    Constant,
+    Graph,
+    Node,
+    Tensor,
+    Variable,
+    fresh_names,
+    metadata,
+    numpy_dtype,
+    onnx_dtype,
+    outputs_of_scopes,
+    remove_nodes,
+    replace_uses,
+    rewire,
+    scopes,
+)
+from llmc.passes.precision.float16 import ANY_TYPE, FILL, FLOAT, FLOAT16, LARGEST, Form, as_half
+
+
+class Retyping:
+    """One conversion of a graph, in place.
+
+    `half`: id of each node that is to compute in float16 → what of it changes. `masks`: ids of those whose numbers
+    below -65504 stand for minus infinity. `misfits`: ids of tensors that float16 cannot hold. `border`: whether
+    inputs and outputs of the graph change too.
+    """
+
+    def __init__(
+        self, graph: Graph, half: Mapping[int, Form], masks: Collection[int], misfits: Collection[int], border: bool
+    ) -> None:
+        self.graph, self.half, self.masks, self.misfits, self.border = graph, half, masks, misfits, border
+        self.given_back = outputs_of_scopes(graph)
+        self.fresh = fresh_names(graph)
+        self.converted: set[int] = set()
+        self.casts: dict[tuple[int, int], Tensor] = {}
+        self.after: dict[int, list[Node]] = defaultdict(list)
+        """id of a node, or of the graph for its inputs → the Casts that stand right after it."""
+        self.constants: dict[tuple[int, float], tuple[Constant, Constant]] = {}
+
+    def run(self) -> None:
+        if self.border:
+            for tensor in self.graph.inputs:
+                if onnx_dtype(tensor) == FLOAT and id(tensor) not in self.misfits:
+                    self._convert(tensor)
+        for node in self.graph.nodes:
+            if id(node) in self.half:
+                self._retype_results(node, self.half[id(node)])
+        if self.border:
+            self._retype_border()
+        rewire(list(self._edges()))
+        self._keep_names()
+        placed = self.after[id(self.graph)]
+        for node in self.graph.nodes:
+            placed += [node, *self.after[id(node)]]
+        self.graph.nodes = placed
+        self._drop_idle_casts()
+
+    def _convert(self, tensor: Variable) -> None:
+        tensor.dtype = np.dtype(np.float16)
+        self.converted.add(id(tensor))
+
+    def _retype_results(self, node: Node, form: Form) -> None:
+        """Let a node make float16, under a new name where the old one belongs to a float32 output."""
+        if node.op == "Cast":
+            node.attrs["to"] = FLOAT16
+        if node.op == "DequantizeLinear" and node.attrs.get("output_dtype"):
+            node.attrs["output_dtype"] = FLOAT16
+        if node.op == "ConstantOfShape":
+            value = node.attrs.get("value", Constant("value", np.zeros(1, np.float32)))
+            node.attrs["value"] = as_half(value, value.name, self._floor(node))
+        for index in form.outputs:
+            tensor = node.outputs[index]
+            if id(tensor) in self.given_back and not self.border:
+                self._convert(self._cast_back(node, index, FLOAT16))
+            else:
+                self._convert(tensor)
+
+    def _retype_border(self) -> None:
+        """Let float32 results that are outputs of the graph be cast to float16."""
+        for tensor in {id(t): t for t in self.graph.outputs}.values():
+            if tensor.inputs and onnx_dtype(tensor) == FLOAT and id(tensor) not in self.misfits:
+                node = tensor.inputs[0]
+                self._cast_back(node, next(i for i, t in enumerate(node.outputs) if t is tensor), FLOAT)
+                tensor.dtype = np.dtype(np.float16)
+
+    def _cast_back(self, node: Node, index: int, dtype: int) -> Variable:
+        """Let the node make a new tensor of type `dtype`, of which the old one, an output, becomes a Cast."""
+        tensor = node.outputs[index]
+        other = FLOAT if dtype == FLOAT16 else FLOAT16
+        made = Variable(self.fresh(f"{tensor.name}_{numpy_dtype(dtype).name}"), numpy_dtype(dtype), tensor.shape)
+        node.outputs[index] = made
+        replace_uses(tensor, made)
+        self.casts[id(made), other] = tensor
+        self._place_cast(node, made, tensor, other)
+        return made
+
+    def _place_cast(self, node: Node | None, source: Tensor, target: Tensor, dtype: int) -> None:
+        name = self.fresh(f"{source.name}_to_{numpy_dtype(dtype).name}")
+        cast = Node("Cast", name, {"to": dtype}, [source], [target])
+        if node is not None:
+            metadata(cast).update(metadata(node))
+        self.after[id(node or self.graph)].append(cast)
+
+    def _edges(self) -> Iterator[tuple[Node, int, Tensor]]:
+        """What each node reads from now on, where that changes."""
+        for scope in scopes(self.graph):
+            for node in scope.nodes:
+                form = self.half.get(id(node))
+                for index, tensor in enumerate(node.inputs):
+                    if form is not None and index in form.inputs:
+                        new = self._as_type(tensor, FLOAT16, node)
+                    elif id(tensor) in self.converted and index not in ANY_TYPE.get(node.op, ()):
+                        new = self._as_type(tensor, FLOAT, node)
+                    else:
+                        continue
+                    if new is not tensor:
+                        yield node, index, new
+
+    def _as_type(self, tensor: Tensor, dtype: int, user: Node) -> Tensor:
+        """The tensor in the given type: itself, or its one Cast, or for a constant the converted one."""
+        if isinstance(tensor, Constant):
+            key = id(tensor), self._floor(user)
+            if key not in self.constants:
+                self.constants[key] = tensor, as_half(tensor, self.fresh(f"{tensor.name}_float16"), key[1])
+            return self.constants[key][1]
+        if onnx_dtype(tensor) == dtype:
+            return tensor
+        if (id(tensor), dtype) not in self.casts:
+            name = self.fresh(f"{tensor.name}_{numpy_dtype(dtype).name}")
+            cast = Variable(name, numpy_dtype(dtype), tensor.shape)
+            self.casts[id(tensor), dtype] = cast
+            self._place_cast(tensor.inputs[0] if tensor.inputs else None, tensor, cast, dtype)
+        return self.casts[id(tensor), dtype]
+
+    def _floor(self, user: Node) -> float:
+        return FILL if id(user) in self.masks else -LARGEST
+
+    def _keep_names(self) -> None:
+        """Let a converted constant have the name of the one that nothing reads any more."""
+        for old, new in self.constants.values():
+            if not old.outputs and id(old) not in self.given_back and old.name:
+                new.name, old.name = old.name, ""
+
+    def _drop_idle_casts(self) -> None:
+        """Remove Casts of the model whose two ends have become one type."""
+        idle: list[Any] = []
+        for node in self.graph.nodes:
+            if node.op == "Cast" and onnx_dtype(node.inputs[0]) == onnx_dtype(node.outputs[0]):
+                touched = id(node.inputs[0]) in self.converted or id(node.outputs[0]) in self.converted
+                if touched and id(node.outputs[0]) not in self.given_back:
+                    replace_uses(node.outputs[0], node.inputs[0])
+                    idle.append(node)
+        remove_nodes(self.graph, idle)

@@ -1,0 +1,1 @@
+"""What is certain about sizes, symbolic ones included."""

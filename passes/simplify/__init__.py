@@ -1,0 +1,1 @@
+"""The same graph, plainer: folding, removing, inlining."""

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from llmc.compiler.session import Session
+from llmc.passes.base import Context, Ledger
+from llmc.passes.fuse.merge_projections import MergeProjections
+from llmc.passes.graph import Array, Constant, Derived, Graph, copy_graph, infer_shapes, to_model
+
+SIZES = {"B": 2, "S": 3, "T": 5}
+WEIGHTS = {"wq": (8, 16), "wk": (8, 8), "wv": (8, 8), "bq": (16,), "bk": (8,), "bv": (8,)}
+ATTEND = "y = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v)"
+BIASED = "a = MatMul(x, wq) q = Add(a, bq) b = MatMul(x, wk) k = Add(bk, b) c = MatMul(x, wv) v = Add(c, bv) "
+PLAIN = "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) "
+
+
+def build(parse: Any, body: str, inputs: str = "float[B,S,8] x", outputs: str = "float[B,S,16] y") -> Graph:
+    """The graph with random constants for the weights that the text names."""
+    names = [name for name in WEIGHTS if f"{name})" in body or f"({name}" in body]
+    declared = ", ".join(f"float[{','.join(map(str, WEIGHTS[name]))}] {name}" for name in names)
+    graph = parse(f"({', '.join([inputs, declared])}) => ({outputs}) {{ {body} }}", opset=23)
+    rng = np.random.default_rng(0)
+    for tensor in [t for t in graph.inputs if t.name in WEIGHTS]:
+        tensor.to_constant(rng.standard_normal(tensor.shape).astype(np.float32))
+    graph.inputs = [t for t in graph.inputs if not isinstance(t, Constant)]
+    infer_shapes(graph)
+    return graph
+
+
+def feeds(graph: Graph) -> dict[str, Array]:
+    rng = np.random.default_rng(1)
+    shapes = {t.name: [n if isinstance(n, int) else SIZES[n] for n in t.shape] for t in graph.inputs}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def check_same(before: Graph, after: Graph) -> None:
+    onnx.checker.check_model(to_model(after), full_check=True)
+    given = feeds(before)
+    # float32: sums of eight products of order 1, 2^-24 each, maybe in another order, seen through a Softmax
+    np.testing.assert_allclose(Session(after).run(given)["y"], Session(before).run(given)["y"], rtol=0, atol=1e-5)
+
+
+SPLIT = (
+    "h = Constant<value_ints = [0,0,-1,4]>() qr = Reshape(q, h) kr = Reshape(k, h) vr = Reshape(v, h) "
+    "qt = Transpose<perm=[0,2,1,3]>(qr) kt = Transpose<perm=[0,2,1,3]>(kr) vt = Transpose<perm=[0,2,1,3]>(vr) "
+    "y = Attention(qt, kt, vt)"
+)
+FIRES = {
+    "with biases": ((BIASED + ATTEND,), {"MatMul": 1, "Add": 1, "Split": 1, "Attention": 1}, [16, 8, 8]),
+    "without": ((PLAIN + ATTEND,), {"MatMul": 1, "Split": 1, "Attention": 1}, [16, 8, 8]),
+    "one bias is missing": (
+        (BIASED.replace("b = MatMul(x, wk) k = Add(bk, b)", "k = MatMul(x, wk)") + ATTEND,),
+        {"MatMul": 1, "Add": 1, "Split": 1, "Attention": 1},
+        [16, 8, 8],
+    ),
+    "keys and values of another tensor": (
+        (BIASED.replace("(x, wk)", "(z, wk)").replace("(x, wv)", "(z, wv)") + ATTEND, "float[B,S,8] x, float[B,T,8] z"),
+        {"MatMul": 2, "Add": 2, "Split": 1, "Attention": 1},
+        [8, 8],
+    ),
+    "rotation between": (
+        (
+            PLAIN.replace("q =", "p =") + "q = RotaryEmbedding<num_heads=4>(p, c, s) " + ATTEND,
+            "float[B,S,8] x, float[B,S,2] c, float[B,S,2] s",
+        ),
+        {"MatMul": 1, "Split": 1, "RotaryEmbedding": 1, "Attention": 1},
+        [16, 8, 8],
+    ),
+    "split into heads after": (
+        (PLAIN + SPLIT, "float[B,S,8] x", "float[B,4,S,4] y"),
+        {"MatMul": 1, "Split": 1, "Reshape": 3, "Transpose": 3, "Attention": 1},
+        [16, 8, 8],
+    ),
+    "queries are used elsewhere too": (
+        (PLAIN + ATTEND + " r = Relu(q)", "float[B,S,8] x", "float[B,S,16] y, float[B,S,16] r, float[B,S,16] q"),
+        {"MatMul": 1, "Split": 1, "Relu": 1, "Attention": 1},
+        [16, 8, 8],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIRES)
+def test_fires(name: str, parse: Any) -> None:
+    arguments, counts, sizes = FIRES[name]
+    graph = build(parse, *arguments)
+    merged = copy_graph(graph)
+    result = MergeProjections().run(merged, Context())
+    assert Counter(n.op for n in merged.nodes) == counts
+    (split,) = [n for n in merged.nodes if n.op == "Split"]
+    assert split.inputs[1].values.tolist() == sizes
+    assert [(r.number, r.rule) for r in result.rewrites] == [(1, "projections")]
+    assert result.near_misses == []
+    check_same(graph, merged)
+
+
+LEAVES_ALONE = {
+    "keys and values of two tensors": (
+        (PLAIN.replace("(x, wv)", "(z, wv)") + ATTEND, "float[B,S,8] x, float[B,S,8] z"),
+        "keys are made of 'x', values of 'z'",
+    ),
+    "weight is computed": (
+        ("w = Relu(wk) q = MatMul(x, wq) k = MatMul(x, w) v = MatMul(x, wv) " + ATTEND,),
+        "the weight 'w' of the keys is no constant matrix",
+    ),
+    "weight is shared": (
+        (PLAIN.replace("wv", "wk") + ATTEND,),
+        "the weight 'wk' of the keys is used elsewhere too",
+    ),
+    "one product for keys and values": (
+        ("q = MatMul(x, wq) k = MatMul(x, wk) y = Attention<q_num_heads=4, kv_num_heads=2>(q, k, k)",),
+        "two of its inputs are made by one product",
+    ),
+    "product without its bias is used": (
+        (BIASED + ATTEND + " r = Relu(b)", "float[B,S,8] x", "float[B,S,16] y, float[B,S,8] r"),
+        "'b', the keys without their bias, is used elsewhere too",
+    ),
+    "no bias of this width": (
+        (BIASED.replace("Add(bk, b)", "Add(z, b)") + ATTEND, "float[B,S,8] x, float[8] z"),
+        "'z', added to the keys, is no bias of their width",
+    ),
+    "no product": (
+        ("q = Relu(x) k = MatMul(x, wk) v = MatMul(x, wv) y = Attention<q_num_heads=2, kv_num_heads=2>(q, k, v)",),
+        "the queries come from Relu 'q', where MatMul is needed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEAVES_ALONE)
+def test_leaves_alone(name: str, parse: Any) -> None:
+    arguments, reason = LEAVES_ALONE[name]
+    graph = build(parse, *arguments)
+    before = [n.op for n in graph.nodes]
+    result = MergeProjections().run(graph, Context())
+    assert result.rewrites == []
+    assert [n.op for n in graph.nodes] == before
+    assert [miss.reason for miss in result.near_misses] == [reason]
+
+
+def test_merged_weights_are_not_held_in_memory(parse: Any) -> None:
+    graph = build(parse, BIASED + ATTEND)
+    MergeProjections().run(graph, Context())
+    (weight,) = [t for n in graph.nodes if n.op == "MatMul" for t in n.inputs if isinstance(t, Constant)]
+    assert isinstance(weight._values, Derived)
+    assert tuple(weight.shape) == (8, 32)
+    assert weight._values.load() is not weight._values.load()
+
+
+def test_stops_after_the_last_allowed_rewrite(parse: Any) -> None:
+    graph = build(parse, BIASED + ATTEND)
+    result = MergeProjections().run(graph, Context(ledger=Ledger(stop_after=0)))
+    assert result.rewrites == []
+    assert len(graph.nodes) == 7
