@@ -228,8 +228,27 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda phase: status.update(phase)
 
 
-def _interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+class _Interruption:
+    """Turns signals to KeyboardInterrupt, and remembers: imports in C turn that to an ImportError of their own."""
+
+    seen = False
+
+    def __call__(self, _number: int, _frame: object) -> NoReturn:
+        self.seen = True
+        raise KeyboardInterrupt
+
+    def listen(self) -> None:
+        """From now on Ctrl-C and SIGTERM interrupt."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, self)
+        sys.unraisablehook = self._unraisable
+
+    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Python drops what is raised in a destructor or a callback: an interrupt comes again, in a moment."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(unraisable)
 
 
 def main() -> NoReturn:
@@ -239,8 +258,9 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal gets '?' for what it cannot show
+    interruption = _Interruption()
     try:
-        signal.signal(signal.SIGTERM, _interrupt)
+        interruption.listen()
         app()
     except KeyboardInterrupt:
         _stop(INTERRUPTION, INTERRUPTED)
@@ -252,13 +272,13 @@ def main() -> NoReturn:
         if ended.code == INTERRUPTED:
             _stop(INTERRUPTION, INTERRUPTED)
         raise
+    except Exception:
+        if interruption.seen:
+            _stop(INTERRUPTION, INTERRUPTED)
+        raise
     raise AssertionError("typer ends the process by itself")
 
 
 def _stop(message: str, code: int) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

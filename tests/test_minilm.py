@@ -143,7 +143,9 @@ def test_int8(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_
     check_engine(tmp_path / "out", report)
     assert cosines(tmp_path / "out", tokens, expected).mean() >= 0.97
     # six layers of 4 matrices [384, 384] and 2 of [384, 1536]: 36, of which merge-projections made three into one
-    assert report.graph.weights["int8"].parameters == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+    # and a zero point for each of their channels, and for each of the 24 tensors that they multiply
+    zero_points = 6 * (4 * 384 + 1536 + 384) + 24
+    assert report.graph.weights["int8"].parameters == 6 * (4 * 384 * 384 + 2 * 384 * 1536) + zero_points
     assert [layer.found for layer in report.precision if layer.op == "MatMul"] == ["int8"] * 24
     # a quarter of the weights' 43 MB in the encoder, and half of the embeddings' 48 MB, and what TensorRT adds
     assert (tmp_path / "out/model.engine").stat().st_size < 50e6

@@ -35,6 +35,8 @@ class Error:
 
     label: str
     values: dict[str, float]
+    changed: bool = True
+    """Whether the step did anything that could have been compared."""
 
 
 def change_bars(rows: Sequence[Change], title: str, most: int) -> Markup:
@@ -113,7 +115,8 @@ def _error_row(row: Error, top: int, measures: Sequence[str], decades: range) ->
         for index, measure in enumerate(measures)
         if row.values.get(measure)
     ]
-    word = "not compared" if not row.values else "" if marks else "equal"
+    compared = "" if marks else "equal"
+    word = compared if row.values else "not compared" if row.changed else "unchanged"
     return element(
         "g",
         _label(row.label, top, element("tspan", word, dx=10, class_="value")),

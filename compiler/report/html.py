@@ -131,7 +131,7 @@ def _most(rows: Iterable[charts.Change]) -> int:
 
 
 def _error_chart(report: Report) -> Markup | None:
-    rows = [charts.Error(step.key, _errors(step)) for step in report.passes]
+    rows = [charts.Error(step.key, _errors(step), bool(step.rewrites)) for step in report.passes]
     if not any(row.values for row in rows) or report.verification is None:
         return None
     limits = {

@@ -88,7 +88,8 @@ class EngineFile:
     """Where the builder writes its engine; errors are kept, because TensorRT ignores those of its callbacks."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
+        # Made by `main`, and not anew here: it may be gone because the parent is, and then it must not come back.
+        self.file = open(path, "wb", opener=lambda name, flags: os.open(name, flags & ~os.O_CREAT))  # noqa: SIM115
         self.bytes = 0
         self.error: OSError | None = None
 
@@ -118,8 +119,10 @@ def main() -> None:
         print(json.dumps(event), file=events, flush=True)
 
     job = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, args=(job.get("engine"),), daemon=True).start()
     try:
+        if "engine" in job:
+            _make(Path(job["engine"]))
+        threading.Thread(target=_end_with_parent, args=(job.get("engine"),), daemon=True).start()
         done = build(job, lambda text: say(phase=text)) if "model" in job else unsupported(job)
         say(done=done)
     except RefusedError as refused:
@@ -127,6 +130,13 @@ def main() -> None:
     except UnwritableError as error:
         say(unwritable=str(error))
     os._exit(0)  # without tearing TensorRT down, which can crash, and takes time
+
+
+def _make(engine: Path) -> None:
+    try:
+        engine.touch()
+    except OSError as error:
+        raise UnwritableError(error.strerror or str(error)) from error
 
 
 def unsupported(job: OperatorsJob) -> list[str]:

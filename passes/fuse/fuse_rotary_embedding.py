@@ -57,7 +57,9 @@ class FuseRotaryEmbedding(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         result = PassResult()
-        infer_shapes(graph)
+        if not any(node.op in ("Neg", "Sub", "RotaryEmbedding") for scope in scopes(graph) for node in scope.nodes):
+            return result
+        context.infer_shapes(graph)
         if graph.opset < OPSET and _Fusion(graph, context, result).finds_any():
             problem = raise_opset(graph, OPSET)
             if problem is not None:

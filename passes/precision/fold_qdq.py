@@ -17,7 +17,6 @@ from llmc.passes.graph import (
     Tensor,
     Variable,
     fresh_names,
-    infer_shapes,
     load_values,
     metadata,
     module_of,
@@ -71,7 +70,7 @@ class FoldQdq(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         result = PassResult()
-        infer_shapes(graph)
+        context.infer_shapes(graph)
         given_back, fresh = outputs_of_scopes(graph), fresh_names(graph)
         for scope in scopes(graph):
             if not _Scope(scope, graph.opset, given_back, fresh, context, result).fold():

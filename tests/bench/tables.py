@@ -61,7 +61,7 @@ def _times(export: str, rows: list[dict[str, Any]]) -> Table:
     for row in sorted(rows, key=lambda row: work.get(row["peer"], float("inf"))):
         peer = row["peer"]
         if "failed" in row:
-            table.add_row(peer, f"failed: {row['failed']}")
+            table.add_row(f"{peer} failed: {row['failed']}")
             continue
         table.add_row(
             peer + (", verified" if peer == "llmc compile" else ""),

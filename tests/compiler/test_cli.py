@@ -31,7 +31,7 @@ RECIPE = (
 
 
 def llmc(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmc.compiler.cli", *map(str, words)]
+    command = [sys.executable, "-m", "llmc.compiler", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
 
 
@@ -238,7 +238,7 @@ def test_what_the_target_cannot_build(case: str, recipe: Path, tmp_path: Path) -
 def test_an_interrupt_leaves_nothing(number: int, delay: float, model: Path, recipe: Path, tmp_path: Path) -> None:
     """At moments spread over the whole run: import, load, passes, verification, writing."""
     before = {p.name for p in tmp_path.iterdir()}
-    command = [sys.executable, "-m", "llmc.compiler.cli", "compile", model, "--recipe", recipe, "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "llmc.compiler", "compile", model, "--recipe", recipe, "-o", tmp_path / "out"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(delay)
     os.kill(process.pid, number)

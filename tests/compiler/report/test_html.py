@@ -129,7 +129,11 @@ def test_steps_that_changed_nothing_are_equal(report: Report) -> None:
     report.passes[1].numerics = [same]
     page = Page(html.render(report))
     assert len([tag for tag, _ in page.elements if tag == "circle"]) == 3
-    assert [word for word in page.texts_in("tspan") if word in ("equal", "not compared")] == ["equal", "not compared"]
+    words = {"equal", "not compared", "unchanged"}
+    assert [word for word in page.texts_in("tspan") if word in words] == ["equal", "unchanged"]
+    report.passes[2].rewrites = report.passes[1].rewrites
+    not_verified = Page(html.render(report))
+    assert [word for word in not_verified.texts_in("tspan") if word in words] == ["equal", "not compared"]
 
 
 @pytest.mark.parametrize("field", ["verification", "target"])

@@ -1,4 +1,4 @@
-"""What becomes of a graph; the numbers of each operator are compared in `contrib/`."""
+"""What becomes of a graph; the numbers of each operator are compared in the files beside it."""
 
 from __future__ import annotations
 
