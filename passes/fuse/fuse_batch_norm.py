@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -30,9 +31,9 @@ class _BatchNorm(Rewrite):
         variance = rng.uniform(0.5, 2.0, channels)
         return self.shapes(channels) | statistics | {"variance": variance, "epsilon": 1e-5, "momentum": 0.9}
 
+    @abstractmethod
     def shapes(self, channels: int) -> dict[str, Any]:
         """Shapes of x, weight and bias, and attributes, that make `channels` output channels."""
-        raise NotImplementedError
 
 
 def _factor_and_offset(

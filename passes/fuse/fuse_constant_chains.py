@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +15,9 @@ from llmc.passes.rewrite import Rewrite, RewritePass, Weight
 class _Chain(Rewrite):
     """What the rules share: two constants that become one."""
 
+    @abstractmethod
     def combine(self, a: Array, b: Array) -> Array:
         """One constant for both, in the type of its arguments."""
-        raise NotImplementedError
 
     def check(self, a: Any, b: Any) -> str | None:
         combined = self.combined(a, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,9 +21,9 @@ class _Channelwise(Rewrite):
     def convolution(self, op: Any, x: Any, weight: Any, bias: Any, attributes: Any) -> Any:
         return getattr(op, self.op)(x, weight, op.optional(bias), others=attributes)
 
+    @abstractmethod
     def factor_and_offset(self, product: Product, constant: Any) -> tuple[Array | None, Array | None]:
         """float64 [channels] each; None for a constant that is not one number a channel."""
-        raise NotImplementedError
 
     def check(self, x: Any, weight: Any, bias: Any, constant: Any, attributes: Any) -> str | None:  # noqa: ARG002
         product = Product(self.op, weight, bias, attributes)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import onnx
@@ -65,10 +68,11 @@ def save_model(graph: Graph, path: Path, *, inline_below: int | None = None) -> 
         inline_below = 1 << 62 if total < EXTERNAL_FROM else SMALL
     structure = to_structure(graph, inline_below=inline_below)
     if not structure.weights:
-        path.write_bytes(structure.model.SerializeToString(deterministic=True))
+        with _beside(path) as file:
+            file.write(structure.model.SerializeToString(deterministic=True))
         return [path]
     data = path.with_name(path.name + ".data")
-    with data.open("wb") as file:
+    with _beside(data) as file:
         for tensor in structure.model.graph.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
@@ -76,8 +80,21 @@ def save_model(graph: Graph, path: Path, *, inline_below: int | None = None) -> 
             offset = file.tell()
             file.write(raw_values(structure.weights[tensor.name], tensor.data_type))
             _refer(tensor, data.name, offset, file.tell() - offset)
-    path.write_bytes(structure.model.SerializeToString(deterministic=True))
+    with _beside(path) as file:
+        file.write(structure.model.SerializeToString(deterministic=True))
     return [path, data]
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` once it is whole: the graph may have its weights mapped from there."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def raw_values(values: Array | Weights, onnx_dtype: int) -> memoryview:

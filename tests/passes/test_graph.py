@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from llmc.passes.graph import (
     copy_graph,
     fresh_names,
     from_model,
+    load_model,
     load_values,
     remove_nodes,
     replace_uses,
     rewire,
+    save_model,
     to_model,
 )
 
@@ -121,3 +124,21 @@ def test_derived_values_are_made_anew_each_time() -> None:
     assert len(calls) == 2
     graph = Graph(nodes=[Node("Neg", "n", inputs=[constant], outputs=[])])
     assert to_model(graph).graph.initializer[0].raw_data == make().tobytes()
+
+
+def test_a_model_can_be_saved_over_its_own_source(tmp_path: Path) -> None:
+    weight = np.arange(4096, dtype=np.float32).reshape(64, 64)
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[N,64] x) => (float[N,64] y) { y = MatMul(x, w) }'
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    path = tmp_path / "model.onnx"
+    save_model(from_model(model), path, inline_below=1)
+    graph = load_model(path)
+    (constant,) = constants(graph)
+    held = load_values(constant)
+    graph.inputs[0].name = "renamed"
+    save_model(graph, path, inline_below=1)
+    assert np.array_equal(held, weight)
+    assert np.array_equal(load_values(next(constants(load_model(path)))), weight)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
