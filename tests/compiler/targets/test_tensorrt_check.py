@@ -209,7 +209,9 @@ def product(make: Make, kind: str) -> Graph:
 PRODUCTS = ("float", "float16", "bfloat16", "int8", "int8 to float", "float8", "int4")
 BUILD_ALL = """
 import json, sys
+from pathlib import Path
 from llmc.compiler.targets.tensorrt_worker import RefusedError, build
+Path(sys.argv[2]).touch()
 verdicts = []
 for model, sm in json.loads(sys.argv[1]):
     job = {"kind": "tensorrt-rtx", "model": model, "engine": sys.argv[2], "profiles": [],

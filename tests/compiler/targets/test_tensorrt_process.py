@@ -152,7 +152,7 @@ def test_a_worker_whose_parent_is_gone_ends_and_takes_its_file_along(model: Path
         assert phases == ["loading TensorRT-RTX", "parsing model.onnx", "building for SM89"]
         worker.stdin.close()
         try:
-            assert worker.wait(timeout=10) == 1
+            assert worker.wait(timeout=10) in (0, 1)  # nobody is left to read it; 0 where the file was gone first
         finally:
             worker.kill()
     assert not engine.exists()
