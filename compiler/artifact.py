@@ -50,7 +50,7 @@ def artifact(output: Path, *, force: bool = False) -> Iterator[Path]:
     Raises LlmcError where `output` may not be replaced, or the disk is full.
     """
     check_place(output, force=force)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial = output.with_name(f".{output.name}.partial-{os.getpid():07}")
     _remove_abandoned(output)
     try:
         partial.mkdir(parents=True)
@@ -92,7 +92,7 @@ def _nearest_existing(path: Path) -> Path:
 
 def _swap(partial: Path, output: Path) -> None:
     """Put `partial` in the place of `output`; what stood there goes when the new one is in place."""
-    old = output.with_name(f".{output.name}.old-{os.getpid()}")
+    old = output.with_name(f".{output.name}.old-{os.getpid():07}")
     if output.exists():
         output.rename(old)
     partial.rename(output)

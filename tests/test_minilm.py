@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llmc.compiler import compile as run_compile
+from llmc.compiler.artifact import sha256
 from llmc.compiler.report import Report
 from llmc.compiler.session import Session
 from llmc.compiler.targets.engine_header import read
@@ -136,6 +137,16 @@ def test_fp16(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_
     assert cosines(tmp_path / "out", tokens, expected).min() >= 0.9999
     products = [layer for layer in report.precision if layer.op == "MatMul"]
     assert {layer.found for layer in products} == {"float16"}
+
+
+def test_a_second_compile_gives_the_same_bytes(source: Any, tmp_path: Path) -> None:
+    """Of everything but the timings."""
+    made = []
+    for _ in range(2):
+        report = run_compile(source[0], "minilm-fp16", tmp_path / "out", **source[1]).model_dump(exclude={"timings"})
+        files = {name: sha256(tmp_path / "out" / name) for name in ("model.onnx", "model.engine", "recipe.yaml")}
+        made.append((report, files))
+    assert made[0] == made[1]
 
 
 def test_int8(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from llmc.compiler.loaders.checkpoint import read_json
 if TYPE_CHECKING:
     import torch
 
-OUTPUTS = ("token_embeddings", "sentence_embedding")
-"""[batch, sequence, hidden] as the transformer gives it; [batch, hidden] pooled, and normalized where it says so."""
+OUTPUTS = ("sentence_embedding",)
+"""[batch, hidden], pooled, and normalized where the model says so."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _text_signature(model: Any, task: str, head: Head | None) -> Signature:
 
     def call(forward: Callable[..., Any], **inputs: Any) -> tuple[Any, ...]:
         found = _outputs(model, forward(**inputs, **settings), fields)
-        return found if head is None else (*found, head(found[0], inputs["attention_mask"]))
+        return found if head is None else (head(found[0], inputs["attention_mask"]),)
 
     limit = _longest_sequence(model, config)
     longest = limit or 11

@@ -53,7 +53,8 @@ class TensorRT:
     def build(self, model: Path, folder: Path, request: BuildRequest, progress: Progress) -> Built:
         """Build `folder`/model.engine. The request must have no problems: they are not looked for again.
 
-        The engine appears whole or not at all; two builds by TensorRT-RTX give the same bytes.
+        The engine appears whole or not at all. Two builds by TensorRT-RTX give the same bytes where the model has one
+        output; with several, TensorRT does not fix their order in one of the engine's tables.
         """
         try:
             graph = load_model(model)

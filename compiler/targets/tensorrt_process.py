@@ -15,7 +15,19 @@ from llmc.compiler.targets import Progress
 from llmc.compiler.targets.tensorrt_import import PRODUCT
 from llmc.compiler.targets.tensorrt_worker import BuildJob, OperatorsJob, RefusedError
 
-_WORKER = (sys.executable, "-P", "-m", "llmc.compiler.targets.tensorrt_worker")
+_FIXED_ADDRESSES = """
+import ctypes, os, sys
+personality = ctypes.CDLL(None).personality
+personality.argtypes = [ctypes.c_ulong]
+before = personality(0xFFFFFFFF)
+if before != -1:
+    personality(before | 0x0040000)
+os.environ["PYTHONHASHSEED"] = "0"
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Starts its arguments with ADDR_NO_RANDOMIZE (personality(2)), where the system lets it: TensorRT writes some tables
+of an engine in the order of addresses, and the same model shall give the same bytes."""
+_WORKER = (sys.executable, "-ISc", _FIXED_ADDRESSES, "-P", "-m", "llmc.compiler.targets.tensorrt_worker")
 _LAST_LINES = 10
 _KILLED = {
     signal.SIGKILL: "was killed (SIGKILL), most often because memory ran out",

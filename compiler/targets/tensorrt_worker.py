@@ -158,6 +158,7 @@ def build(job: BuildJob, phase: Phase) -> dict[str, object]:
         builder = trt.Builder(logger)
     except TypeError:  # what the bindings make of a null pointer
         raise RefusedError(log.errors([]) or [_problem("the builder does not start, and gives no reason")]) from None
+    builder.max_threads = 1  # more of them make the engine's bytes differ from build to build
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, logger)
     phase(f"parsing {Path(job['model']).name}")
