@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,13 +30,11 @@ from llmc.compiler.report import (
 )
 from llmc.compiler.report.statistics import count_operators, graph_report, layer_precision, weights_by_dtype
 from llmc.compiler.session import Session
-from llmc.compiler.targets import BuildRequest, Built, Profile, Target, resolve
+from llmc.compiler.targets import BuildRequest, Built, Profile, Progress, Target, resolve
 from llmc.compiler.verification import Verifier, breaches
 from llmc.passes.base import Pass, PassResult
 from llmc.passes.graph import Graph, Structure, save_model, to_structure
 
-Progress = Callable[[str], None]
-"""Called with what begins now ('pass 3 of 7: fuse-gelu')."""
 WIDTHS = ("int4", "int8", "float8_e4m3fn", "bfloat16", "float16", "float32")
 """dtypes from the narrowest: of two passes that ask something of one layer, the narrower one counts."""
 
@@ -371,6 +369,3 @@ def _about(made: Plan) -> dict[str, object]:
         "calibration": {key: {"name": s.name, "sha256": s.digest} for key, s in made.calibration.items()},
         "versions": versions.collect(made.loaded.kind, made.target.versions),
     }
-
-
-__all__ = ["LlmcError", "Plan", "compile", "plan"]

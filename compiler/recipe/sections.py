@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmc.compiler.targets import Profile, Range, TargetKind
+from llmc.compiler.targets import Range, TargetKind
 
 Metric = Literal["max_abs", "relative_l2", "cosine", "sqnr_db"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -201,8 +201,3 @@ class Document(Section):
     passes: tuple[Any, ...]
     target: TargetSection = TargetSection()
     verify: VerifySection = VerifySection()
-
-
-def overlay(dimensions: Profile, profiles: tuple[Profile, ...]) -> tuple[Profile, ...]:
-    """Each profile over the model's dimensions; the dimensions themselves where there is no profile."""
-    return tuple({**dimensions, **profile} for profile in profiles or ({},))
