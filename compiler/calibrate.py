@@ -174,7 +174,7 @@ class SampledActivations:
         clip = _clipping(method, percentile)
         histograms = {tensor: Histogram() for tensor in tensors}
         number = 0
-        for number, values in self._stream(graph, tensors, samples):
+        for number, values in self.stream(graph, tensors, samples):
             for tensor, value in values.items():
                 if not np.isfinite(value).all():
                     raise LlmcError(
@@ -189,15 +189,18 @@ class SampledActivations:
     def absolute_maximum(self, graph: Graph, tensors: Sequence[str]) -> dict[str, float]:
         """The largest magnitude of each tensor over all samples; infinity or NaN where it gets there."""
         peaks = dict.fromkeys(tensors, 0.0)
-        for _, values in self._stream(graph, tensors, None):
+        for _, values in self.stream(graph, tensors):
             for tensor, value in values.items():
                 peaks[tensor] = float(np.maximum(peaks[tensor], np.max(np.abs(value), initial=0.0)))
         return peaks
 
-    def _stream(
-        self, graph: Graph, tensors: Sequence[str], samples: int | None
+    def stream(
+        self, graph: Graph, tensors: Sequence[str], samples: int | None = None
     ) -> Iterator[tuple[int, dict[str, Array]]]:
-        """Sample by sample (numbered from 1) the values of `tensors`; nothing of a sample outlives its turn."""
+        """Sample by sample (numbered from 1) the values of `tensors`; nothing of a sample outlives its turn.
+
+        At most the first `samples` samples. Raises LlmcError where there is none.
+        """
         inputs = {tensor.name for tensor in graph.inputs}
         computed = [tensor for tensor in tensors if tensor not in inputs]
         session = Session(graph, computed)

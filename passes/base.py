@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from llmc.passes.errors import LlmcError as LlmcError
 from llmc.passes.errors import PassError as PassError
 from llmc.passes.errors import Skip as Skip
-from llmc.passes.graph import Graph, Node, infer_shapes, module_of
+from llmc.passes.graph import Array, Graph, Node, infer_shapes, module_of
 
 Safety = Literal["exact", "tolerance", "lossy"]
 Need = Literal["activations"]
@@ -84,6 +84,11 @@ class Activations(Protocol):
 
     def absolute_maximum(self, graph: Graph, tensors: Sequence[str]) -> Mapping[str, float]:
         """The largest magnitude that each tensor reaches on the data (infinite or NaN where it gets there)."""
+
+    def stream(
+        self, graph: Graph, tensors: Sequence[str], samples: int | None = None
+    ) -> Iterator[tuple[int, Mapping[str, Array]]]:
+        """Sample by sample (numbered from 1) the values of `tensors`; nothing of a sample outlives its turn."""
 
 
 @dataclass
