@@ -32,6 +32,9 @@ from llmc.passes.graph.onnx_import import copy_graph as copy_graph
 from llmc.passes.graph.onnx_import import from_model as from_model
 from llmc.passes.graph.onnx_import import from_structure as from_structure
 from llmc.passes.graph.onnx_import import load_model as load_model
+from llmc.passes.graph.subgraph import extract as extract
+from llmc.passes.graph.subgraph import outer_tensors as outer_tensors
+from llmc.passes.graph.subgraph import reads as reads
 from llmc.passes.graph.tensors import FOUR_BIT as FOUR_BIT
 from llmc.passes.graph.tensors import SMALL as SMALL
 from llmc.passes.graph.tensors import Array as Array
