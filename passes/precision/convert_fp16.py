@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from math import isfinite
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from llmc.passes.base import Context, LlmcError, Need, Pass, PassResult, Skip
+from llmc.passes.base import Context, Need, Pass, PassResult, Skip
 from llmc.passes.graph import (
     Constant,
     Graph,
@@ -18,7 +16,6 @@ from llmc.passes.graph import (
     Tensor,
     infer_shapes,
     load_values,
-    module_of,
     numpy_dtype,
     onnx_dtype,
     outputs_of_scopes,
@@ -41,6 +38,7 @@ from llmc.passes.precision.float16 import (
     misfit,
 )
 from llmc.passes.precision.retype import Retyping
+from llmc.passes.precision.selection import LANGUAGE, Pattern, named
 from llmc.passes.simplify.evaluate import MOVE
 
 MASKING = MOVE | {"Add", "Cast", "Max", "Min", "Mul"}
@@ -72,7 +70,7 @@ class ConvertFp16(Pass):
     safety: ClassVar = "lossy"
     needs: ClassVar[tuple[Need, ...]] = ("activations",)
 
-    keep: list[str] = Field([], description="Nodes to leave in float32: patterns for name, module path or operator.")
+    keep: list[Pattern] = Field([], description=f"Leave these nodes in float32: {LANGUAGE}.")
     inputs_outputs: Literal["keep", "convert"] = Field(
         "keep", description="Whether inputs and outputs of the graph stay float32 or become float16 too."
     )
@@ -120,7 +118,6 @@ class _Decisions:
         self.masks: set[int] = set()
         self.masked: set[int] = set()
         self._fills: dict[int, bool] = {}
-        self._check_patterns()
         for node in graph.nodes:
             form = half_form(node, graph.opset)
             if any(True for _ in node.subgraphs()):
@@ -158,16 +155,6 @@ class _Decisions:
         lowest = [(c.name, lowest_finite(c)) for c in fills]
         return ", ".join(f"{value:.4g} in '{name}' becomes {FILL:.0f}" for name, value in lowest if value < -LARGEST)
 
-    def _check_patterns(self) -> None:
-        nodes = [node for scope in scopes(self.graph) for node in scope.nodes]
-        for pattern in self.settings.keep:
-            if any(_matches(node, pattern) for node in nodes):
-                continue
-            names = dict.fromkeys(name for node in nodes for name in (node.name, module_of(node), node.op) if name)
-            near = difflib.get_close_matches(pattern, names, cutoff=0.4)
-            hint = f"; nearest: {', '.join(repr(name) for name in near)}" if near else ""
-            raise LlmcError(f"convert-fp16: `keep` pattern '{pattern}' matches no node, module or operator{hint}")
-
     def _find_masks(self) -> None:
         """Follow numbers that stand for minus infinity to where nothing but a softmax reads them."""
         leads: set[int] = set()
@@ -194,12 +181,13 @@ class _Decisions:
         return all(id(user) in leads or any(t is tensor for t in _mask_inputs(user)) for user in tensor.outputs)
 
     def _keep_by_operator(self) -> None:
+        nodes = [node for scope in scopes(self.graph) for node in scope.nodes]
+        asked = named(nodes, self.settings.keep, "convert-fp16: keep")
         for node in self.graph.nodes:
             if id(node) not in self.forms:
                 continue
-            pattern = next((p for p in self.settings.keep if _matches(node, p)), None)
-            if pattern is not None:
-                self.keep(node, f"`keep` names it: '{pattern}'")
+            if id(node) in asked:
+                self.keep(node, f"`keep` names it: '{asked[id(node)]}'")
             elif node.op in NEEDS_FLOAT32:
                 self.keep(node, NEEDS_FLOAT32[node.op])
 
@@ -328,10 +316,6 @@ def _weight_matrices(graph: Graph) -> Iterator[int]:
         for tensor in known:
             if sum(isinstance(size, int) and size > 1 for size in shape_of(tensor) or ()) >= 2:
                 yield id(tensor)
-
-
-def _matches(node: Node, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in (node.name, module_of(node), node.op))
 
 
 def _called(node: Node) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import ClassVar, Literal, cast, get_args
 
@@ -13,7 +11,7 @@ import numpy as np
 import onnx
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmc.passes.base import Context, LlmcError, Need, Pass, PassResult, Safety, Skip
+from llmc.passes.base import Context, LlmcError, Need, PassResult, Safety, Skip
 from llmc.passes.graph import (
     Array,
     Constant,
@@ -27,13 +25,13 @@ from llmc.passes.graph import (
     infer_shapes,
     load_values,
     metadata,
-    module_of,
     numpy_dtype,
     outputs_of_scopes,
     scopes,
     unlink,
 )
 from llmc.passes.opset import raise_opset
+from llmc.passes.precision.selection import SelectivePass
 
 LEVELS = 127
 """Symmetric INT8 is -127 … 127."""
@@ -60,7 +58,7 @@ class Calibration(BaseModel):
     percentile: float = Field(99.99, gt=0, le=100, description="Percent of values left unclipped by 'percentile'.")
 
 
-class QuantizeInt8(Pass):
+class QuantizeInt8(SelectivePass):
     """Multiply in INT8: static, symmetric, per-channel weights, per-tensor activations.
 
     MatMul, Gemm, Conv, ConvTranspose (x: float, W: constant) → the same with
@@ -86,8 +84,6 @@ class QuantizeInt8(Pass):
         ["MatMul", "Gemm", "Conv"],
         description="Operators to quantize. In TensorRT-RTX, ConvTranspose saves space only.",
     )
-    include: list[str] = Field(["*"], description="Quantize only nodes whose name or module path matches one of these.")
-    exclude: list[str] = Field([], description="Leave nodes alone whose name or module path matches one of these.")
     attention: bool = Field(False, description="Quantize products of two activations too (Q·Kᵀ and weights·V).")
     calibration: Calibration = Field(Calibration(), description="Where the scales of activations come from.")
 
@@ -123,11 +119,11 @@ class QuantizeInt8(Pass):
     def _survey(self, graph: Graph) -> tuple[list[_Product], PassResult]:
         """What to quantize, in graph order, and a result that holds why each other product is left alone."""
         result = PassResult()
-        self._check_patterns(graph)
+        refusals = self.refusals([node for node in graph.nodes if _is(node, PRODUCTS)])
         products = []
         for node in graph.nodes:
             if _is(node, PRODUCTS | OTHERS):
-                found = self._refusal(node) or _product(node, self.attention)
+                found = self._refusal(node) or refusals.get(id(node)) or _product(node, self.attention)
                 if isinstance(found, str):
                     result.kept[node.name] = found
                 else:
@@ -143,23 +139,7 @@ class QuantizeInt8(Pass):
             return f"this pass does not quantize {node.op}"
         if node.op not in self.operators:
             return f"{node.op} is not among the operators to quantize"
-        if not any(_matches(node, pattern) for pattern in self.include):
-            return "no pattern includes it"
-        excluded = next((pattern for pattern in self.exclude if _matches(node, pattern)), None)
-        return None if excluded is None else f"excluded by '{excluded}'"
-
-    def _check_patterns(self, graph: Graph) -> None:
-        nodes = [node for node in graph.nodes if _is(node, PRODUCTS)]
-        for kind, patterns in (("include", self.include), ("exclude", self.exclude)):
-            for pattern in patterns:
-                if pattern != "*" and not any(_matches(node, pattern) for node in nodes):
-                    names = dict.fromkeys(name for node in nodes for name in (node.name, module_of(node)) if name)
-                    near = difflib.get_close_matches(pattern, names, cutoff=0.4)
-                    hint = f"; nearest: {', '.join(repr(name) for name in near)}" if near else ""
-                    raise LlmcError(
-                        f"quantize-int8: {kind} pattern '{pattern}' matches no name and no module path of a "
-                        f"{', '.join(sorted(PRODUCTS))} node{hint}"
-                    )
+        return None
 
     def _calibrate(self, graph: Graph, products: list[_Product], context: Context) -> Mapping[str, float]:
         if not products:
@@ -283,10 +263,6 @@ def _producer(tensor: Tensor, ops: Collection[str]) -> Node | None:
 
 def _is(node: Node, ops: Collection[str]) -> bool:
     return node.op in ops and node.domain in (None, "", "ai.onnx")
-
-
-def _matches(node: Node, pattern: str) -> bool:
-    return fnmatchcase(node.name, pattern) or fnmatchcase(module_of(node), pattern)
 
 
 # Numbers
