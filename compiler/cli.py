@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -18,7 +19,8 @@ INTERRUPTION = "interrupted; nothing half-built was left behind"
 app = typer.Typer(
     name="llmc",
     help="Compile Hugging Face and ONNX models to TensorRT engines, and prove every step.",
-    epilog="Exit codes: 0 done, 2 bad input, 3 budget broken, 4 the target cannot build it, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a bug of llmc, 2 bad input, 3 budget broken, 4 the target cannot build it, "
+    "130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -79,6 +81,15 @@ def compile_command(
     stop_after_rewrite: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Do no rewrite after number N.")
     ] = None,
+    dump_passes: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the graph after each pass, weights once.")
+    ] = None,
+    print_changed: Annotated[
+        bool, typer.Option("--print-changed", help="Print what each pass changed, on the error stream.")
+    ] = False,
+    time_passes: Annotated[
+        bool, typer.Option("--time-passes", help="Print the seconds of each pass, on the error stream.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL as a recipe says, verify every pass, and leave an artifact with its report."""
@@ -101,14 +112,31 @@ def compile_command(
                 tokenizer=tokenizer,
                 offline=offline,
                 stop_after_rewrite=stop_after_rewrite,
+                listeners=_listeners(dump_passes, model, print_changed),
                 progress=progress,
             )
     if dry_run:
         _print(made.summary(), as_json, lambda console: console.print_json(data=made.summary()))
         return
+    from llmc.compiler.report import times
     from llmc.compiler.report.terminal import render
 
+    if time_passes:
+        times.render(report.timings, _error_console())
     _print(report.model_dump(mode="json"), as_json, lambda console: render(report, console, place))
+
+
+def _listeners(dump: Path | None, model: str, print_changed: bool) -> list[Callable[[Any], None]]:
+    """What looks on at every step, as the options ask for."""
+    from llmc.compiler.changes import ChangePrinter
+    from llmc.compiler.dump import PassDump
+
+    found: list[Callable[[Any], None]] = []
+    if dump is not None:
+        found.append(PassDump(dump, model))
+    if print_changed:
+        found.append(ChangePrinter(_error_console()))
+    return found
 
 
 @app.command("passes")
@@ -215,12 +243,18 @@ def _print(value: object, as_json: bool, render: Callable[[Any], None]) -> None:
     render(Console())
 
 
+@cache
+def _error_console() -> Any:
+    """The one console of the error stream: lines that it prints do not disturb the progress it shows."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Shows what begins now on the error stream, where that is a terminal; quiet elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
+    console = _error_console()
     if not console.is_terminal:
         yield lambda _phase: None
         return
@@ -265,6 +299,8 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         _stop(INTERRUPTION, INTERRUPTED)
     except LlmcError as error:
+        if interruption.seen:
+            _stop(INTERRUPTION, INTERRUPTED)
         _stop(str(error), error.exit_code)
     except PassError as error:
         _stop(str(error), LlmcError.exit_code)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from llmc.compiler import data, pipeline, versions
 from llmc.compiler.artifact import artifact, check_place, write_manifest
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.data import Samples
-from llmc.compiler.errors import BudgetError, LlmcError, TargetError
-from llmc.compiler.evidence import keep_evidence
+from llmc.compiler.errors import BudgetError, InternalError, LlmcError, TargetError
+from llmc.compiler.evidence import Given, evidence_place, keep_breach, keep_crash
 from llmc.compiler.loaders import Loaded, load
 from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles
 from llmc.compiler.recipe import Recipe
@@ -33,7 +34,7 @@ from llmc.compiler.session import Session
 from llmc.compiler.targets import BuildRequest, Built, Profile, Progress, Target, resolve
 from llmc.compiler.verification import Verifier, breaches
 from llmc.passes.base import Pass, PassResult
-from llmc.passes.graph import Graph, Structure, save_model, to_structure
+from llmc.passes.graph import Graph, Structure, from_structure, save_model
 
 WIDTHS = ("int4", "int8", "float8_e4m3fn", "bfloat16", "float16", "float32")
 """dtypes from the narrowest: of two passes that ask something of one layer, the narrower one counts."""
@@ -79,9 +80,16 @@ class Run:
 
     plan: Plan
     verifier: Verifier
+    original: Structure
+    """The graph as loaded."""
+    output: Path
+    progress: Progress = _quiet
+    listeners: Sequence[pipeline.Listener] = ()
+    stop_after_rewrite: int | None = None
     steps: list[PassReport] = field(default_factory=list)
     asked: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    verification_seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -92,6 +100,14 @@ class Run:
         finally:
             spent = time.perf_counter() - started
             self.plan.seconds[step] = self.plan.seconds.get(step, 0.0) + spent
+
+    @contextmanager
+    def timed_verification(self, step: pipeline.Step) -> Iterator[None]:
+        """Add the seconds that the block takes to those of verification, and keep those of this step apart."""
+        before = self.plan.seconds.get("verify", 0.0)
+        with self.timed("verify"):
+            yield
+        self.verification_seconds[step.label] = self.plan.seconds["verify"] - before
 
 
 def with_options(
@@ -152,23 +168,29 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
     tokenizer: Path | None = None,
     offline: bool = False,
     stop_after_rewrite: int | None = None,
+    listeners: Sequence[pipeline.Listener] = (),
     progress: Progress = _quiet,
 ) -> Report:
     """Compile `source` as `recipe` says into the directory `output`, which is complete afterwards or absent.
 
-    Raises LlmcError for bad input, BudgetError where a step moved an output too far (the evidence is then in
-    `<output>.failed`), TargetError where the target cannot build the graph.
+    `listeners` are called with each step, the load first. Raises LlmcError for bad input, BudgetError where a step
+    moved an output too far and InternalError where a pass crashed (the evidence is then in `<output>.failed`),
+    TargetError where the target cannot build the graph.
     """
     started = time.perf_counter()
     check_place(output, force=force)
     made = plan(source, recipe, tokenizer=tokenizer, offline=offline, progress=progress)
     progress("running the source model")
     reference = made.loaded.reference or Session(made.loaded.graph).run
-    run = Run(made, Verifier.against(reference, made.verification, made.recipe.verify.metrics))
+    verifier = Verifier.against(reference, made.verification, made.recipe.verify.metrics)
     graph = made.loaded.graph
-    original = to_structure(graph)
-    _record_load(run, graph)
-    _run_passes(run, graph, original, output, stop_after_rewrite, progress)
+    loaded = pipeline.loaded(graph)
+    run = Run(made, verifier, loaded.before, output, progress, listeners, stop_after_rewrite)
+    _record_load(run, loaded)
+    try:
+        _run_passes(run, graph)
+    except pipeline.PassCrash as crash:
+        raise _crashed(run, crash) from crash
     with artifact(output, force=force) as folder:
         model = folder / "model.onnx"
         save_model(graph, model)
@@ -216,19 +238,23 @@ def _calibration(made: Plan, step: Pass) -> Samples:
 # Passes
 
 
-def _record_load(run: Run, graph: Graph) -> None:
+def _record_load(run: Run, step: pipeline.Step) -> None:
     """Step 0: the loaded graph against the source model, where the source can be run."""
-    pipeline.check_graph(graph, "the loader")
-    step = PassReport(index=0, key="load", nodes_after=count_operators(graph), weight_bytes_after=_bytes(graph))
-    run.steps.append(step)
+    graph = step.graph
+    line = PassReport(index=0, key=step.key, nodes_after=count_operators(graph), weight_bytes_after=_bytes(graph))
+    run.steps.append(line)
+    _tell(run, step)
     if run.plan.loaded.reference is not None:
-        with run.timed("verify"):
-            step.numerics = run.verifier.measure(graph)
+        with run.timed_verification(step):
+            line.numerics = run.verifier.measure(graph)
 
 
-def _run_passes(
-    run: Run, graph: Graph, original: Structure, output: Path, stop_after_rewrite: int | None, progress: Progress
-) -> None:
+def _tell(run: Run, step: pipeline.Step) -> None:
+    for listener in run.listeners:
+        listener(step)
+
+
+def _run_passes(run: Run, graph: Graph) -> None:
     passes = run.plan.recipe.passes
     activations: dict[str, SampledActivations] = {}
 
@@ -239,23 +265,24 @@ def _run_passes(
         return activations[step.key()]
 
     def begin(index: int, step: Pass) -> None:
-        progress(f"pass {index} of {len(passes)}: {step.key()}")
+        run.progress(f"pass {index} of {len(passes)}: {step.key()}")
 
     every = run.plan.recipe.verify.mode == "every-pass"
-    for step in pipeline.run(graph, passes, provider, begin, stop_after_rewrite):
-        run.plan.seconds[f"{step.index} {step.key}"] = step.seconds
+    for step in pipeline.run(graph, passes, provider, begin, run.stop_after_rewrite):
+        run.plan.seconds[step.label] = step.seconds
         line = _pass_report(step, run.plan.recipe)
         run.steps.append(line)
         _remember_precision(run, step.result)
+        _tell(run, step)
         if step.key in activations:
             line.warnings += activations[step.key].warnings
         if (every and step.result.rewrites) or (not every and step.index == len(passes)):
-            with run.timed("verify"):
+            with run.timed_verification(step):
                 line.numerics = run.verifier.measure(graph)
-            _judge(run, line, step, original, output)
+            _judge(run, line, step)
 
 
-def _judge(run: Run, line: PassReport, step: pipeline.Step, original: Structure, output: Path) -> None:
+def _judge(run: Run, line: PassReport, step: pipeline.Step) -> None:
     """Compare a step's numerics with its budgets; stops the compile, evidence kept, where the recipe says so."""
     recipe = run.plan.recipe
     problems = breaches(line.numerics, recipe.verify.limits(step.key))
@@ -265,12 +292,32 @@ def _judge(run: Run, line: PassReport, step: pipeline.Step, original: Structure,
         line.warnings += problems
         return
     line.status, line.reason = "over budget", "; ".join(problems)
-    evidence = output.with_name(f"{output.name}.failed")
     report = _report(run, step.graph, None)
-    command = keep_evidence(evidence, recipe, step, original, run.plan.verification, report)
+    evidence = evidence_place(run.output)
+    command = keep_breach(evidence, recipe, step, run.original, run.plan.verification, report)
     raise BudgetError(
         f"pass {step.index}, {step.key}, broke the budget: {line.reason}.\n"
         f"The graphs before and after it are in {evidence / 'repro'}; to see it again:\n  {command}"
+    )
+
+
+def _crashed(run: Run, crash: pipeline.PassCrash) -> InternalError:
+    """The error to end with, once the evidence is kept: the graph before the pass, and the command that runs it."""
+    step = crash.step
+    step.graph = from_structure(step.before)
+    line = _pass_report(step, run.plan.recipe)
+    line.status, line.reason = "crashed", str(crash)
+    run.steps.append(line)
+    report = _report(run, step.graph, None)
+    evidence = evidence_place(run.output)
+    given = Given(run.plan.verification, run.plan.calibration.get(step.key), run.stop_after_rewrite)
+    try:
+        command = keep_crash(evidence, run.plan.recipe, crash, given, report)
+    except Exception:  # what matters is the crash: its traceback goes to whoever called
+        raise crash from crash.__cause__
+    return InternalError(
+        f"{crash}.\nThis is a bug of llmc. The graph before the pass and the traceback are in "
+        f"{evidence / 'repro'}; to see it again:\n  {command}"
     )
 
 
@@ -338,7 +385,7 @@ def _report(run: Run, graph: Graph, target: TargetReport | None) -> Report:
     warnings += [f"{layer.op} '{layer.node}' was asked to be {layer.asked}, found {layer.found}" for layer in fallen]
     return Report(
         llmc=versions.llmc_version(),
-        status="over budget" if any(step.status == "over budget" for step in run.steps) else "done",
+        status=_status(run.steps),
         source=SourceReport(
             kind=loaded.kind, name=loaded.name, sha256=loaded.digest, task=loaded.task, exporter=loaded.exporter
         ),
@@ -355,8 +402,14 @@ def _report(run: Run, graph: Graph, target: TargetReport | None) -> Report:
         target=target,
         warnings=warnings,
         versions=versions.collect(loaded.kind, made.target.versions),
-        timings=Timings(total=0.0, steps=made.seconds),
+        timings=Timings(total=0.0, steps=made.seconds, verification=run.verification_seconds),
     )
+
+
+def _status(steps: Sequence[PassReport]) -> Literal["done", "over budget", "crashed"]:
+    """Of the whole compile: that of the step which ended it."""
+    last = steps[-1].status if steps else "done"
+    return "done" if last == "skipped" else last
 
 
 def _about(made: Plan) -> dict[str, object]:

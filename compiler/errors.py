@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from llmc.passes.errors import LlmcError
 
-__all__ = ["BudgetError", "LlmcError", "TargetError"]
+__all__ = ["BudgetError", "InternalError", "LlmcError", "TargetError"]
+
+
+class InternalError(LlmcError):
+    """A bug of llmc, with all that is needed to look into it written beside the output."""
+
+    exit_code = 1
 
 
 class BudgetError(LlmcError):

@@ -1,15 +1,19 @@
-"""What is kept of a step that broke its budget: graphs, inputs, recipe, and the command that shows it again."""
+"""What is kept of a step that failed: graphs, inputs, recipe, and the command that shows it again."""
 
 from __future__ import annotations
 
 import shlex
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from llmc.compiler.artifact import artifact, write_manifest
 from llmc.compiler.data import Samples
-from llmc.compiler.pipeline import Step
+from llmc.compiler.pipeline import PassCrash, Step
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.recipe.source import dump
 from llmc.compiler.report import Report, write
@@ -17,31 +21,90 @@ from llmc.compiler.versions import llmc_version
 from llmc.passes.graph import Structure, from_structure, save_model
 
 
-def keep_evidence(
-    output: Path, recipe: Recipe, step: Step, original: Structure, samples: Samples, report: Report
-) -> str:
-    """Write the report so far and `output`/repro; return the command that repeats the breach.
+@dataclass(frozen=True)
+class Given:
+    """What a compile was run with, beside its recipe."""
+
+    verification: Samples
+    calibration: Samples | None = None
+    """Of the failed step, where it calibrates."""
+    stop_after_rewrite: int | None = None
+
+
+def evidence_place(output: Path) -> Path:
+    """The directory beside `output` that evidence goes to."""
+    return output.with_name(f"{output.name}.failed")
+
+
+def keep_breach(output: Path, recipe: Recipe, step: Step, original: Structure, samples: Samples, report: Report) -> str:
+    """Write the report so far and `output`/repro; return the command that repeats the breach of a budget.
 
     `loaded.onnx` is the graph as loaded, `before.onnx` and `after.onnx` stand around the guilty pass, `inputs/` holds
     the samples, and `recipe.yaml` the passes up to the guilty one.
     """
-    document = recipe.document()
-    document["passes"] = document["passes"][: step.index]
-    document["target"]["kind"] = "onnx"
-    document["verify"]["samples"] = max(len(samples), 1)
-    with artifact(output) as folder:
-        repro = folder / "repro"
-        (repro / "inputs").mkdir(parents=True)
+    header = f"{recipe.name} up to pass {step.index}, {step.key}, which broke the budget"
+    with _evidence(output, report) as repro:
         save_model(from_structure(original), repro / "loaded.onnx")
         save_model(from_structure(step.before), repro / "before.onnx")
         save_model(step.graph, repro / "after.onnx")
-        for number, sample in enumerate(samples):
-            np.savez(repro / "inputs" / f"{number:04d}.npz", **sample)  # type: ignore[arg-type]  # names are inputs
-        header = [f"{recipe.name} up to pass {step.index}, {step.key}, which broke the budget"]
-        (repro / "recipe.yaml").write_text(dump(document, header=header), encoding="utf-8")
+        _write_samples(samples, repro / "inputs")
+        _write_recipe(recipe, slice(step.index), samples, header, repro)
+    return _command(output, "loaded.onnx")
+
+
+def keep_crash(output: Path, recipe: Recipe, crash: PassCrash, given: Given, report: Report) -> str:
+    """Write the report so far and `output`/repro; return the command that repeats the crash.
+
+    `before.onnx` is the graph that the pass was given, `recipe.yaml` has this pass alone, `traceback.txt` is where it
+    went wrong; `inputs/` and `calibration/` hold the samples.
+    """
+    step = crash.step
+    only = slice(step.index - 1, step.index)
+    words: list[object] = []
+    with _evidence(output, report) as repro:
+        save_model(from_structure(step.before), repro / "before.onnx")
+        _write_samples(given.verification, repro / "inputs")
+        if given.calibration is not None and hasattr(recipe.passes[step.index - 1], "calibration"):
+            _write_samples(given.calibration, repro / "calibration")
+            words += ["--calibration", output / "repro/calibration"]
+        _write_recipe(recipe, only, given.verification, f"the pass of {recipe.name} that crashed: {step.key}", repro)
+        (repro / "traceback.txt").write_text("".join(traceback.format_exception(crash)), encoding="utf-8")
+    if given.stop_after_rewrite is not None:
+        words += ["--stop-after-rewrite", given.stop_after_rewrite - step.rewrites_before]
+    return _command(output, "before.onnx", *words)
+
+
+@contextmanager
+def _evidence(output: Path, report: Report) -> Iterator[Path]:
+    """The folder 'repro' to fill; the report and a manifest stand beside it."""
+    with artifact(output) as folder:
+        repro = folder / "repro"
+        repro.mkdir()
+        yield repro
         write(report, folder)
-        write_manifest(folder, {"llmc": llmc_version(), "status": "over budget"})
+        write_manifest(folder, {"llmc": llmc_version(), "status": report.status})
+
+
+def _write_samples(samples: Samples, folder: Path) -> None:
+    folder.mkdir()
+    for number, sample in enumerate(samples):
+        np.savez(folder / f"{number:04d}.npz", **sample)  # type: ignore[arg-type]  # names are inputs
+
+
+def _write_recipe(recipe: Recipe, passes: slice, samples: Samples, header: str, repro: Path) -> None:
+    """The recipe with these of its passes alone, verified on `samples`, and nothing built."""
+    document = recipe.document()
+    document["passes"] = document["passes"][passes]
+    document["target"]["kind"] = "onnx"
+    document["verify"]["samples"] = max(len(samples), 1)
+    keys = {step.key() for step in recipe.passes[passes]}
+    budgets = document["verify"]["pass_budgets"]
+    document["verify"]["pass_budgets"] = {key: budgets[key] for key in budgets if key in keys}
+    (repro / "recipe.yaml").write_text(dump(document, header=[header]), encoding="utf-8")
+
+
+def _command(output: Path, model: str, *words: object) -> str:
     repro = output / "repro"
-    words = ["llmc", "compile", repro / "loaded.onnx", "--recipe", repro / "recipe.yaml"]
-    words += ["--verify-inputs", repro / "inputs", "-o", output.with_suffix(".again")]
-    return shlex.join(str(word) for word in words)
+    command = ["llmc", "compile", repro / model, "--recipe", repro / "recipe.yaml"]
+    command += ["--verify-inputs", repro / "inputs", *words, "-o", output.with_suffix(".again")]
+    return shlex.join(str(word) for word in command)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import onnx
 
 from llmc.compiler.report.statistics import count_operators
-from llmc.passes.base import Activations, Context, Ledger, Pass, PassError, PassResult, Skip
+from llmc.passes.base import Activations, Context, Ledger, LlmcError, Pass, PassError, PassResult, Skip
 from llmc.passes.graph import Graph, Structure, to_structure
 
 Provider = Callable[[Pass], Activations | None]
@@ -18,7 +18,7 @@ Provider = Callable[[Pass], Activations | None]
 
 @dataclass
 class Step:
-    """One pass that has run: the graph before it (weights shared, not copied) and after it."""
+    """One pass that has run: the graph before it (weights shared, not copied) and after it. Step 0 is the load."""
 
     index: int
     key: str
@@ -28,6 +28,32 @@ class Step:
     result: PassResult = field(default_factory=PassResult)
     skipped: str = ""
     seconds: float = 0.0
+    rewrites_before: int = 0
+    """Rewrites that the run had done when the pass began."""
+
+    @property
+    def label(self) -> str:
+        """'3 fuse-gelu', or 'load': its name in reports of time."""
+        return f"{self.index} {self.key}" if self.index else self.key
+
+
+Listener = Callable[[Step], None]
+"""Called with each step of a run, step 0 first, once it is done and before it is verified."""
+
+
+class PassCrash(Exception):  # noqa: N818 - the field's word
+    """A pass raised what no pass may raise, or left an invalid graph: a bug of llmc. The cause is its exception."""
+
+    def __init__(self, step: Step, error: Exception) -> None:
+        super().__init__(f"pass {step.index}, {step.key}, crashed: {type(error).__name__}: {error}")
+        self.step = step
+        """The step as far as it came; its `graph` is in no certain state, its `before` is whole."""
+
+
+def loaded(graph: Graph) -> Step:
+    """Step 0: nothing has run yet. Raises PassError where the loader left an invalid graph."""
+    check_graph(graph, "the loader")
+    return Step(0, "load", {}, to_structure(graph), graph)
 
 
 def run(
@@ -40,22 +66,34 @@ def run(
     """Run `passes` over `graph`, in place; gives a Step after each.
 
     `stop_after_rewrite` ends all rewriting after that number, counted over the whole run. Raises LlmcError for
-    bad input and PassError where a pass leaves a graph that ONNX's checker refuses.
+    bad input, PassError where a pass meets a graph that breaks ONNX's rules, and PassCrash for a bug of the pass.
     """
     ledger = Ledger(stop_after_rewrite)
     for index, step_pass in enumerate(passes, start=1):
         begin(index, step_pass)
         started = time.perf_counter()
         step = Step(index, step_pass.key(), count_operators(graph), to_structure(graph), graph)
+        step.rewrites_before = ledger.taken
         activations = provider(step_pass) if "activations" in step_pass.needs else None
-        try:
-            step.result = step_pass.run(graph, Context(ledger, activations))
-        except Skip as skip:
-            step.skipped = str(skip)
-        if step.result.rewrites:
-            check_graph(graph, step.key)
+        _run_pass(step, step_pass, Context(ledger, activations))
         step.seconds = time.perf_counter() - started
         yield step
+
+
+def _run_pass(step: Step, step_pass: Pass, context: Context) -> None:
+    try:
+        step.result = step_pass.run(step.graph, context)
+    except Skip as skip:
+        step.skipped = str(skip)
+    except (LlmcError, PassError):
+        raise
+    except Exception as error:
+        raise PassCrash(step, error) from error
+    if step.result.rewrites:
+        try:
+            check_graph(step.graph, step.key)
+        except PassError as error:
+            raise PassCrash(step, error) from error
 
 
 def check_graph(graph: Graph, key: str) -> None:

@@ -66,8 +66,8 @@ class PassReport(Part):
 
     index: int
     key: str
-    status: Literal["done", "skipped", "over budget"] = "done"
-    reason: str = Field(default="", description="Why a pass was skipped, or which budget it broke.")
+    status: Literal["done", "skipped", "over budget", "crashed"] = "done"
+    reason: str = Field(default="", description="Why a pass was skipped or crashed, or which budget it broke.")
     parameters: dict[str, object] = Field(default_factory=dict)
     nodes_before: dict[str, int] = Field(default_factory=dict, description="Operator → count.")
     nodes_after: dict[str, int] = Field(default_factory=dict)
@@ -150,6 +150,9 @@ class Timings(Part):
 
     total: float
     steps: dict[str, float] = Field(description="Step ('load', '1 fold-constants', 'verify', 'build') → seconds.")
+    verification: dict[str, float] = Field(
+        default_factory=dict, description="Step → seconds of steps['verify'] that went to verifying it."
+    )
 
 
 class Report(Part):
@@ -157,7 +160,7 @@ class Report(Part):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     llmc: str = Field(description="Version of llmc.")
-    status: Literal["done", "over budget"]
+    status: Literal["done", "over budget", "crashed"]
     source: SourceReport
     recipe: str = Field(description="Name of the recipe.")
     passes: list[PassReport]

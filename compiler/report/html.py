@@ -13,7 +13,7 @@ MEASURES = {"max_abs": "max abs", "relative_l2": "relative L2", "cosine": "1 −
 """Metrics of budgets that have a place on an axis of errors → what is drawn there."""
 CHANGE_KEYS = (("stayed", "stayed"), ("removed", "removed"), ("added", "added"))
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_STATUS = {"done": "done", "skipped": "skipped", "over budget": "broken"}
+_STATUS = {"done": "done", "skipped": "skipped", "over budget": "broken", "crashed": "broken"}
 
 
 def render(report: Report) -> str:
@@ -59,7 +59,7 @@ def _header(report: Report) -> Markup:
 
 
 def _warnings(report: Report) -> Markup | None:
-    broken = [(step.key, step.reason) for step in report.passes if step.status == "over budget"]
+    broken = [(step.key, step.reason) for step in summary.failed(report)]
     found = summary.warnings(report)
     if not found and not broken:
         return None

@@ -10,7 +10,7 @@ from llmc.compiler.report import GraphReport, LayerPrecision, PassReport, Report
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~&#@$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _TAME = re.compile(r"[^`|\\\s]+( [^`|\\\s]+)*")
 """What can stand between backticks in a table's cell as it is."""
-_STATUS = {"done": "✓", "skipped": "–", "over budget": "✗"}
+_STATUS = {"done": "✓", "skipped": "–", "over budget": "✗", "crashed": "✗"}
 
 
 def render(report: Report) -> str:
@@ -61,7 +61,7 @@ def _head(report: Report) -> str:
 
 
 def _warnings(report: Report) -> str:
-    broken = [(step.key, step.reason) for step in report.passes if step.status == "over budget"]
+    broken = [(step.key, step.reason) for step in summary.failed(report)]
     lines = [
         f"> - {escape(f'{origin}: {message}' if origin else message)}"
         for origin, message in (*broken, *summary.warnings(report))

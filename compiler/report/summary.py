@@ -123,6 +123,11 @@ def last_numerics(report: Report) -> PassReport | None:
     return next((step for step in reversed(report.passes) if step.numerics), None)
 
 
+def failed(report: Report) -> list[PassReport]:
+    """The steps that ended the compile."""
+    return [step for step in report.passes if step.status in ("over budget", "crashed")]
+
+
 def warnings(report: Report) -> list[tuple[str, str]]:
     """Where it came from and what it says: the report's own, then those of passes and of the target, each once."""
     found = [("", text) for text in report.warnings]

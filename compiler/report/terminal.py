@@ -34,8 +34,9 @@ WARNINGS_SHOWN = 12
 LABELS = 22
 """Columns of the labels, so that all sections line up."""
 
-_STATUS = {"done": ("✓", "green"), "skipped": ("–", "dim"), "over budget": ("✗", "bold red")}
-_RESULT = {"done": "✓ done", "over budget": "✗ over budget"}
+_FAILED = ("✗", "bold red")
+_STATUS = {"done": ("✓", "green"), "skipped": ("–", "dim"), "over budget": _FAILED, "crashed": _FAILED}
+_RESULT = {"done": "✓ done", "over budget": "✗ over budget", "crashed": "✗ crashed"}
 
 
 def render(report: Report, console: Console, folder: Path | None = None) -> None:

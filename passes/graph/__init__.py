@@ -22,8 +22,10 @@ from llmc.passes.graph.edit import unlink as unlink
 from llmc.passes.graph.inference import infer_shapes as infer_shapes
 from llmc.passes.graph.onnx_export import ALIGNMENT as ALIGNMENT
 from llmc.passes.graph.onnx_export import EXTERNAL_FROM as EXTERNAL_FROM
+from llmc.passes.graph.onnx_export import append_aligned as append_aligned
 from llmc.passes.graph.onnx_export import digest as digest
 from llmc.passes.graph.onnx_export import raw_values as raw_values
+from llmc.passes.graph.onnx_export import refer as refer
 from llmc.passes.graph.onnx_export import save_model as save_model
 from llmc.passes.graph.onnx_export import to_model as to_model
 from llmc.passes.graph.onnx_export import to_node as to_node

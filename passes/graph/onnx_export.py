@@ -76,13 +76,18 @@ def save_model(graph: Graph, path: Path, *, inline_below: int | None = None) -> 
         for tensor in structure.model.graph.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
-            file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            offset = file.tell()
-            file.write(raw_values(structure.weights[tensor.name], tensor.data_type))
-            _refer(tensor, data.name, offset, file.tell() - offset)
+            refer(tensor, data.name, *append_aligned(file, structure.weights[tensor.name], tensor.data_type))
     with _beside(path) as file:
         file.write(structure.model.SerializeToString(deterministic=True))
     return [path, data]
+
+
+def append_aligned(file: IO[bytes], values: Array | Weights, onnx_dtype: int) -> tuple[int, int]:
+    """Append a tensor's bytes to `file`, from the next multiple of `ALIGNMENT` on; where they begin, and how many."""
+    file.write(b"\0" * (-file.tell() % ALIGNMENT))
+    offset = file.tell()
+    file.write(raw_values(values, onnx_dtype))
+    return offset, file.tell() - offset
 
 
 @contextmanager
@@ -158,13 +163,14 @@ def _export_constant(constant: Constant, weights: dict[str, Array | Weights], in
     nbytes = stored_bytes(proto.data_type, prod(values.shape))
     if nbytes >= inline_below:
         weights[constant.name] = values
-        _refer(proto, "weights", 0, nbytes)
+        refer(proto, "weights", 0, nbytes)
     else:
         proto.raw_data = bytes(raw_values(values, proto.data_type))
     return proto
 
 
-def _refer(proto: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+def refer(proto: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Make `proto` stand for `length` bytes from `offset` of the file `location`."""
     del proto.external_data[:]
     proto.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", offset), ("length", length)):

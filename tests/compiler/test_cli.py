@@ -117,6 +117,21 @@ def test_dry_run_builds_nothing(model: Path, recipe: Path, tmp_path: Path) -> No
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "recipe.yaml"]
 
 
+def test_the_passes_can_be_watched(model: Path, recipe: Path, tmp_path: Path) -> None:
+    words = ["--print-changed", "--time-passes", "--dump-passes", tmp_path / "dump", "--json"]
+    done = llmc("compile", model, "--recipe", recipe, "-o", tmp_path / "out", *words)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert "2 fuse-gelu: 5 removed, 1 added" in lines
+    dumped = ["00-load.onnx", "01-fold-constants.onnx", "02-fuse-gelu.onnx", "03-eliminate-dead.onnx"]
+    assert sorted(path.name for path in (tmp_path / "dump").glob("*.onnx")) == dumped
+    timings = json.loads(done.stdout)["timings"]  # and nothing else was printed there
+    assert timings["steps"].keys() > {"load", "2 fuse-gelu", "build"}
+    assert timings["verification"].keys() == {"2 fuse-gelu"}  # the only one that rewrote something
+    seconds = {line.split()[-2]: line.split()[-1] for line in lines if line.startswith("build")}
+    assert list(seconds) == [f"{timings['steps']['build']:.3f}"]
+
+
 def test_settings_change_the_recipe(model: Path, recipe: Path, tmp_path: Path) -> None:
     words = ("--set", "passes.fold-constants.growth_limit=5", "--set", "model.dimensions.N=[2,2,2]")
     assert llmc("compile", model, "--recipe", recipe, "-o", tmp_path / "out", *words).returncode == 0

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 import pytest
 
 from llmc.compiler import pipeline
-from llmc.passes.base import Context, Pass, PassError, PassResult, Skip
+from llmc.passes.base import Context, LlmcError, Pass, PassResult, Skip
 from llmc.passes.fuse.fuse_gelu import FuseGelu
-from llmc.passes.graph import Graph, from_structure
+from llmc.passes.graph import Graph, digest, from_structure
 from llmc.passes.simplify.eliminate_dead import EliminateDead
 
 TWO_GELUS = (
@@ -38,6 +38,25 @@ class Declines(Pass):
         raise Skip(f"nothing for it in {len(graph.nodes)} nodes")
 
 
+class Raises(Pass):
+    """Has a bug, half way through."""
+
+    safety: ClassVar = "exact"
+
+    def run(self, graph: Graph, context: Context) -> PassResult:  # noqa: ARG002
+        graph.nodes.clear()
+        raise ZeroDivisionError
+
+
+class Refuses(Pass):
+    """Does not take its input."""
+
+    safety: ClassVar = "exact"
+
+    def run(self, graph: Graph, context: Context) -> PassResult:  # noqa: ARG002
+        raise LlmcError("give it more")
+
+
 def test_one_step_a_pass_in_recipe_order(parse: Any) -> None:
     graph = parse(TWO_GELUS)
     steps = list(pipeline.run(graph, [FuseGelu(), EliminateDead()], lambda _: None))
@@ -65,5 +84,26 @@ def test_a_pass_that_does_not_apply_says_why(parse: Any) -> None:
 
 
 def test_an_invalid_graph_is_caught_and_the_pass_named(parse: Any) -> None:
-    with pytest.raises(PassError, match="breaks left an invalid graph"):
+    with pytest.raises(pipeline.PassCrash, match="pass 1, breaks, crashed: PassError: breaks left an invalid graph"):
         list(pipeline.run(parse(TWO_GELUS), [Breaks()], lambda _: None))
+
+
+def test_a_crash_has_the_graph_before_the_pass_and_the_cause(parse: Any) -> None:
+    with pytest.raises(pipeline.PassCrash) as crash:
+        list(pipeline.run(parse(TWO_GELUS), [FuseGelu(), Raises()], lambda _: None))
+    assert isinstance(crash.value.__cause__, ZeroDivisionError)
+    step = crash.value.step
+    assert (step.index, step.key, step.rewrites_before) == (2, "raises", 2)
+    assert [n.op for n in from_structure(step.before).nodes] == ["Gelu", "Relu", "Gelu"]
+
+
+def test_bad_input_is_no_crash(parse: Any) -> None:
+    with pytest.raises(LlmcError, match="give it more"):
+        list(pipeline.run(parse(TWO_GELUS), [Refuses()], lambda _: None))
+
+
+def test_the_load_is_step_0(parse: Any) -> None:
+    graph = parse(TWO_GELUS)
+    step = pipeline.loaded(graph)
+    assert (step.index, step.key, step.label) == (0, "load", "load")
+    assert digest(from_structure(step.before)) == digest(step.graph)
