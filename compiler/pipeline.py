@@ -63,24 +63,32 @@ def run(
     begin: Callable[[int, Pass], None] = lambda _index, _pass: None,
     stop_after_rewrite: int | None = None,
 ) -> Iterator[Step]:
-    """Run `passes` over `graph`, in place; gives a Step after each.
+    """Run `passes` over `graph`, in place; gives a Step after each. Raises what `run_pass` does.
 
-    `stop_after_rewrite` ends all rewriting after that number, counted over the whole run. Raises LlmcError for
-    bad input, PassError where a pass meets a graph that breaks ONNX's rules, and PassCrash for a bug of the pass.
+    `stop_after_rewrite` ends all rewriting after that number, counted over the whole run.
     """
     ledger = Ledger(stop_after_rewrite)
     for index, step_pass in enumerate(passes, start=1):
         begin(index, step_pass)
-        started = time.perf_counter()
-        step = Step(index, step_pass.key(), count_operators(graph), to_structure(graph), graph)
-        step.rewrites_before = ledger.taken
-        activations = provider(step_pass) if "activations" in step_pass.needs else None
-        _run_pass(step, step_pass, Context(ledger, activations))
-        step.seconds = time.perf_counter() - started
-        yield step
+        yield run_pass(graph, index, step_pass, provider, ledger)
 
 
-def _run_pass(step: Step, step_pass: Pass, context: Context) -> None:
+def run_pass(graph: Graph, index: int, step_pass: Pass, provider: Provider, ledger: Ledger) -> Step:
+    """Run one pass over `graph`, in place; `ledger` numbers its rewrites and says which to leave out.
+
+    Raises LlmcError for bad input, PassError where the pass meets a graph that breaks ONNX's rules, and PassCrash
+    for a bug of the pass.
+    """
+    started = time.perf_counter()
+    step = Step(index, step_pass.key(), count_operators(graph), to_structure(graph), graph)
+    step.rewrites_before = ledger.taken
+    activations = provider(step_pass) if "activations" in step_pass.needs else None
+    _run(step, step_pass, Context(ledger, activations))
+    step.seconds = time.perf_counter() - started
+    return step
+
+
+def _run(step: Step, step_pass: Pass, context: Context) -> None:
     try:
         step.result = step_pass.run(step.graph, context)
     except Skip as skip:

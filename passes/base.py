@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
@@ -58,19 +58,29 @@ class PassResult:
 
 
 class Ledger:
-    """Numbers every rewrite of a run, over all its passes, from 1; ends a run after rewrite `stop_after`."""
+    """Numbers every rewrite of a run, over all its passes, from 1; ends a run after rewrite `stop_after`.
 
-    def __init__(self, stop_after: int | None = None) -> None:
+    `refused` rewrites, each a rule and the name of a node, are left out: their first offer takes a number all the
+    same, so that those after them keep theirs.
+    """
+
+    def __init__(self, stop_after: int | None = None, refused: Collection[tuple[str, str]] = ()) -> None:
         self.stop_after = stop_after
+        self.refused = frozenset(refused)
+        self.offered: set[tuple[str, str]] = set()
+        """Those of `refused` that a pass has offered."""
         self.taken = 0
         self.inferred: tuple[Graph, int] | None = None
         """The graph whose shapes were inferred last, and how many rewrites had been taken then."""
 
-    def take(self) -> int | None:
-        """The number of the rewrite about to be done; None where the run is to make no more."""
-        if self.stop_after is not None and self.taken >= self.stop_after:
+    def take(self, rule: str, node: str) -> int | None:
+        """The number of the rewrite about to be done; None where it is not to be."""
+        if (rule, node) in self.offered or (self.stop_after is not None and self.taken >= self.stop_after):
             return None
         self.taken += 1
+        if (rule, node) in self.refused:
+            self.offered.add((rule, node))
+            return None
         return self.taken
 
 
@@ -99,8 +109,11 @@ class Context:
     activations: Activations | None = None
 
     def apply(self, result: PassResult, rule: str, node: Node, detail: str = "") -> bool:
-        """Ask to do one rewrite at `node`; records it and answers True, or answers False where the run ends here."""
-        number = self.ledger.take()
+        """Ask to do one rewrite at `node`: records it and answers True, or answers False where it is to be left out.
+
+        After a False the pass goes on: the next rewrite may be wanted again.
+        """
+        number = self.ledger.take(rule, node.name)
         if number is None:
             return False
         result.rewrites.append(Applied(number, rule, node.name, module_of(node), detail))

@@ -159,7 +159,7 @@ def _apply_in_scope(rule: Rewrite, graph: Graph, scope: Graph, context: Context,
     removed: set[int] = set()
     for match in _matches(rule, graph, scope, misses):
         if not context.apply(result, rule.name, match.root):
-            break
+            continue
         placed[id(match.root)] = _replace(matcher, match, graph.opset, fresh)
         removed.update(id(n) for n in match.nodes.values())
     result.near_misses.extend(NearMiss(rule.name, n.name, reason, module_of(n)) for n, reason in misses)

@@ -242,15 +242,12 @@ class _Run:
                 except NeedsOpsetError as error:
                     scope.nodes = [*done, *scope.nodes[index:]]
                     return error.opset
-                if built is None:
-                    scope.nodes = [*done, *scope.nodes[index:]]
-                    return None
                 done.extend(built)
             scope.nodes = done
         return None
 
-    def node(self, node: Node) -> list[Node] | None:
-        """What stands in the node's place: itself, as a rule; None where the run is to end."""
+    def node(self, node: Node) -> list[Node]:
+        """What stands in the node's place: itself, as a rule."""
         how = self.known.get(_key(node))
         if how is None:
             if node.domain == MICROSOFT and node.op in self.refusals:
@@ -272,7 +269,7 @@ class _Run:
         if not self.context.apply(self.result, how.name, node):
             for built in builder.nodes:
                 unlink(built)
-            return None
+            return [node]
         return _take_over(node, builder, made if isinstance(made, tuple) else (made,))
 
     def miss(self, node: Node, rule: str, reason: str) -> None:

@@ -75,8 +75,8 @@ class FuseAttention(Pass):
             infer_shapes(graph)
         fusion = _Fusion(self, graph, context, result)
         for scope in scopes(graph):
-            if not fusion.fuse(scope) or not fusion.fold_heads(scope):
-                break
+            fusion.fuse(scope)
+            fusion.fold_heads(scope)
         return result
 
 
@@ -104,49 +104,36 @@ class _Fusion:
                     continue
         return False
 
-    def fuse(self, scope: Graph) -> bool:
-        """Fuse every attention of one scope; False where the run is to end."""
+    def fuse(self, scope: Graph) -> None:
+        """Fuse every attention of one scope."""
         placement = Placement(scope, self.given_back)
         masks = self._masks(placement)
-        go_on = True
         for node in [n for n in scope.nodes if n.op == "Softmax" and not n.domain]:
             try:
                 site, scores = self._site(node, masks)
             except NotAttentionError as reason:
                 self.result.near_misses.append(NearMiss("attention", node.name, str(reason), module_of(node)))
                 continue
-            go_on = self.context.apply(self.result, "attention", site.product, _describe(scores, site))
-            if not go_on:
-                break
-            self._replace(site, scores, masks, placement)
+            if self.context.apply(self.result, "attention", site.product, _describe(scores, site)):
+                self._replace(site, scores, masks, placement)
         placement.finish()
-        return go_on
 
-    def fold_heads(self, scope: Graph) -> bool:
-        """Let every Attention of one scope take [b, s, h·d], where that is what there is; False at the run's end."""
+    def fold_heads(self, scope: Graph) -> None:
+        """Let every Attention of one scope take [b, s, h·d], where that is what there is."""
         placement = Placement(scope, self.given_back)
         folder = HeadFolder(self.graph, self.dims, placement, self.fresh, self.given_back)
-        go_on = True
         for node in [n for n in scope.nodes if n.op == "Attention" and not n.domain]:
             groups = folder.groups(node)
-            if groups is not None:
-                go_on = self.context.apply(self.result, "groups", node)
-                if not go_on:
-                    break
+            if groups is not None and self.context.apply(self.result, "groups", node):
                 folder.take_groups(node, *groups)
             try:
                 plan = folder.plan(node)
             except NotAttentionError as reason:
                 self.result.near_misses.append(NearMiss("heads", node.name, str(reason), module_of(node)))
                 continue
-            if plan is None:
-                continue
-            go_on = self.context.apply(self.result, "heads", node, plan.describe())
-            if not go_on:
-                break
-            folder.fold(node, plan)
+            if plan is not None and self.context.apply(self.result, "heads", node, plan.describe()):
+                folder.fold(node, plan)
         placement.finish()
-        return go_on
 
     def _masks(self, placement: Placement) -> MaskBuilder:
         return MaskBuilder(self.graph, self.dims, placement, self.fresh, self.settings.zero_masked_rows)

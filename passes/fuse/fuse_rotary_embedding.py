@@ -68,8 +68,7 @@ class FuseRotaryEmbedding(Pass):
             infer_shapes(graph)
         fusion = _Fusion(graph, context, result)
         for scope in scopes(graph):
-            if not fusion.fuse(scope):
-                break
+            fusion.fuse(scope)
         return result
 
 
@@ -85,26 +84,23 @@ class _Fusion:
         """Whether there is anything to fuse."""
         return any(self._found(node, report=False) for scope in scopes(self.graph) for node in scope.nodes)
 
-    def fuse(self, scope: Graph) -> bool:
-        """Fuse every rotation of one scope; False where the run is to end."""
+    def fuse(self, scope: Graph) -> None:
+        """Fuse every rotation of one scope."""
         placement = Placement(scope, self.given_back)
         tables = _Tables(self.graph, self.dims, placement, self.fresh)
-        go_on = True
         for node in list(scope.nodes):
             rotation = self._found(node, report=True) if node.outputs else None
             narrow = node.op == "RotaryEmbedding" and not node.domain and self._is_narrow(node)
             if rotation is None and not narrow:
                 continue
             rule, at = ("rotary", rotation.root) if rotation is not None else ("rotary-batch", node)
-            go_on = self.context.apply(self.result, rule, at)
-            if not go_on:
-                break
+            if not self.context.apply(self.result, rule, at):
+                continue
             if rotation is not None:
                 self._replace(node, rotation, tables, placement)
             else:
                 tables.widen(node)
         placement.finish()
-        return go_on
 
     def _found(self, node: Node, report: bool) -> Rotation | None:
         if node.op not in ("Neg", "Sub") or node.domain:

@@ -79,8 +79,7 @@ class MergeProjections(Pass):
         result = PassResult()
         merger = _Merger(graph, context, result)
         for scope in scopes(graph):
-            if not merger.merge(scope):
-                break
+            merger.merge(scope)
         return result
 
 
@@ -90,10 +89,9 @@ class _Merger:
         self.given_back = outputs_of_scopes(graph)
         self.fresh: Callable[[str], str] = fresh_names(graph)
 
-    def merge(self, scope: Graph) -> bool:
-        """Merge what each Attention of one scope reads; False where the run is to end."""
+    def merge(self, scope: Graph) -> None:
+        """Merge what each Attention of one scope reads."""
         placement = Placement(scope, self.given_back)
-        go_on = True
         for attention in [n for n in scope.nodes if n.op == "Attention" and not n.domain]:
             try:
                 projections = self._mergeable(attention)
@@ -103,12 +101,9 @@ class _Merger:
                 )
                 continue
             widths = " + ".join(str(p.width) for p in projections)
-            go_on = self.context.apply(self.result, "projections", projections[0].product, widths)
-            if not go_on:
-                break
-            self._replace(projections, placement)
+            if self.context.apply(self.result, "projections", projections[0].product, widths):
+                self._replace(projections, placement)
         placement.finish()
-        return go_on
 
     def _mergeable(self, attention: Node) -> list[Projection]:
         """The projections of one tensor behind an Attention. Raises NotMergedError."""

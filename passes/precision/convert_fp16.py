@@ -92,7 +92,7 @@ class ConvertFp16(Pass):
         half: dict[int, Form] = {}
         for node, form in decisions.to_convert():
             if not context.apply(result, "convert-fp16", node, decisions.detail(node)):
-                break
+                continue
             half[id(node)] = form
             if node.op not in MOVE and node.op != "Cast":
                 result.asked[node.name] = "float16"

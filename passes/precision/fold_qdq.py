@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -40,8 +40,8 @@ MAX_POOL_OPSET = 12
 """From here MaxPool takes 8-bit integers."""
 BIAS_TOLERANCE = 1e-3
 """How far the scale of a bias may be from the product of the other two, of which each quantizer rounds for itself."""
-Outcome = bool | None
-"""Whether the run goes on; None where a rule did nothing."""
+Outcome = Literal[True] | None
+"""True where a rule did something: no other is then tried at the node."""
 
 
 class FoldQdq(Pass):
@@ -73,8 +73,7 @@ class FoldQdq(Pass):
         context.infer_shapes(graph)
         given_back, fresh = outputs_of_scopes(graph), fresh_names(graph)
         for scope in scopes(graph):
-            if not _Scope(scope, graph.opset, given_back, fresh, context, result).fold():
-                break
+            _Scope(scope, graph.opset, given_back, fresh, context, result).fold()
         return result
 
 
@@ -99,8 +98,8 @@ class _Scope:
         self.left: list[Node] = []
         """DQ that may have no reader any more."""
 
-    def fold(self) -> bool:
-        """False where the run is to end."""
+    def fold(self) -> None:
+        """Fold what can be."""
         rules: dict[str, tuple[Callable[[Node], Outcome], ...]] = {
             **dict.fromkeys(MOVES, (self.move,)),
             "QuantizeLinear": (self.cancel, self.recentre),
@@ -108,17 +107,9 @@ class _Scope:
             "Concat": (self.move_concat,),
             "Transpose": (self.transpose_weight, self.move),
         }
-        go_on = True
         for node in list(self.scope.nodes):
-            for rule in rules.get(node.op, ()) if not node.domain else ():
-                outcome = rule(node)
-                if outcome is not None:
-                    go_on = outcome
-                    break
-            if not go_on:
-                break
+            any(rule(node) for rule in (rules.get(node.op, ()) if not node.domain else ()))
         self._finish()
-        return go_on
 
     def _finish(self) -> None:
         placed = ((node, self.after.get(id(node))) for node in self.scope.nodes)
@@ -147,7 +138,7 @@ class _Scope:
         if id(node.outputs[0]) in self.given_back:
             return self._miss("double", node, f"'{node.outputs[0].name}' is an output of the graph")
         if not self.context.apply(self.result, "double", node, f"{called(before)} and it undo each other"):
-            return False
+            return None
         replace_uses(node.outputs[0], before.inputs[0])
         self.gone[id(node)] = node
         self.left.append(before)
@@ -169,7 +160,7 @@ class _Scope:
             if there is None or not np.array_equal(there.zero, found.zero):
                 return self._miss("recentre", node, f"{called(reader)} reads its levels as they are")
         if not self.context.apply(self.result, "recentre", node, f"{found.zero.dtype} around {middle} → around 0"):
-            return False
+            return None
         signed = SIGNED[found.zero.dtype]
         for user in (node, *readers):
             self._set_zero(user, np.zeros(user.inputs[1].shape, signed))
@@ -196,7 +187,7 @@ class _Scope:
                 f"less its zero points '{levels.name}' runs from {low} to {high}",
             )
         if not self.context.apply(self.result, "centre-constant", node, f"'{levels.name}' as {signed} around 0"):
-            return False
+            return None
         kind = onnx_dtype(Constant("", np.zeros(1, signed)))
         stored = Derived(kind, tuple(levels.shape), lambda: centred().astype(signed))
         rewire([(node, 0, Constant(self.fresh(f"{levels.name}_centred"), stored))])
@@ -227,7 +218,7 @@ class _Scope:
         if id(node.outputs[0]) in self.given_back:
             return self._miss("bias", node, f"'{node.outputs[0].name}' is an output of the graph")
         if not self.context.apply(self.result, "bias", node, f"'{levels.name}' in {found.scale.dtype}"):
-            return False
+            return None
         for reader in node.outputs[0].outputs:
             self._check_bias(reader, node.outputs[0], found)
         scale = along(found.scale, found.axis, len(levels.shape))
@@ -262,7 +253,7 @@ class _Scope:
         if problem is not None:
             return self._miss("move", node, problem)
         if not self.context.apply(self.result, "move", node, f"{called(before)} behind it"):
-            return False
+            return None
         rewire([(node, 0, before.inputs[0])])
         self._place_behind(node, before)
         return True
@@ -292,7 +283,7 @@ class _Scope:
         if any(other is None or not first.same(other) for other in grids):
             return self._miss("move", node, "its inputs have different scales")
         if not self.context.apply(self.result, "move", node, f"{len(known)} DequantizeLinear behind it"):
-            return False
+            return None
         rewire([(node, index, source.inputs[0]) for index, source in enumerate(known)])
         self._place_behind(node, known[0])
         self.left.extend(known[1:])
@@ -318,7 +309,7 @@ class _Scope:
         if before is None or found is None or not isinstance(before.inputs[0], Constant):
             return None
         if not self.context.apply(self.result, "transposed-weight", node, f"'{before.inputs[0].name}' is transposed"):
-            return False
+            return None
         levels, order = before.inputs[0], node.attrs.get("perm") or list(range(len(before.inputs[0].shape)))[::-1]
         shape = tuple(levels.shape[i] for i in order)
         stored = Derived(onnx_dtype(levels), shape, lambda: load_values(levels).transpose(order))

@@ -106,9 +106,7 @@ class QuantizeInt8(SelectivePass):
             silent = next((name for name in product.names if amax[name] == 0), None)
             if silent is not None:
                 result.kept[product.node.name] = f"its input '{silent}' is 0 throughout the calibration data"
-            elif not context.apply(result, "QuantizeInt8", product.node, product.describe(amax)):
-                break
-            else:
+            elif context.apply(result, "QuantizeInt8", product.node, product.describe(amax)):
                 editor.quantize(product, amax)
                 result.asked[product.node.name] = "int8"
         editor.finish()

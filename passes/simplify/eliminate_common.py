@@ -52,25 +52,22 @@ class EliminateCommon(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         result = PassResult()
         given_back = outputs_of_scopes(graph)
-        if _merge_constants(graph, given_back, context, result):
-            for scope in scopes(graph):
-                if not _Scope(scope, graph.opset, given_back, context, result).merge_nodes():
-                    break
+        _merge_constants(graph, given_back, context, result)
+        for scope in scopes(graph):
+            _Scope(scope, graph.opset, given_back, context, result).merge_nodes()
         return result
 
 
-def _merge_constants(graph: Graph, given_back: set[int], context: Context, result: PassResult) -> bool:
-    """Let the first of equal constants stand for all; False where the run is to end."""
+def _merge_constants(graph: Graph, given_back: set[int], context: Context, result: PassResult) -> None:
+    """Let the first of equal constants stand for all."""
     candidates = [c for c in constants(graph) if id(c) not in given_back and c.dtype.kind != "O"]
     for alike in _groups(candidates, lambda c: (onnx_dtype(c), tuple(c.shape))):
         for similar in _groups(alike, lambda c: bytes(raw_values(c._values, onnx_dtype(c))[:PREFIX])):
             for first, *others in _groups(similar, _digest):
                 for constant in others:
                     detail = f"'{constant.name}' is '{first.name}'"
-                    if not context.apply(result, "equal-constant", constant.outputs[0], detail):
-                        return False
-                    replace_uses(constant, first)
-    return True
+                    if context.apply(result, "equal-constant", constant.outputs[0], detail):
+                        replace_uses(constant, first)
 
 
 def _groups(constants: Iterable[Constant], key: Callable[[Constant], Hashable]) -> list[list[Constant]]:
@@ -94,10 +91,9 @@ class _Scope:
         self.removed: list[Node] = []
         self.identities: dict[int, Node] = {}
 
-    def merge_nodes(self) -> bool:
-        """One walk in graph order; False where the run is to end."""
+    def merge_nodes(self) -> None:
+        """One walk in graph order."""
         first_of: dict[Hashable, Node] = {}
-        go_on = True
         for node in self.scope.nodes:
             key = _key(node)
             first = node if key is None else first_of.setdefault(key, node)
@@ -107,12 +103,9 @@ class _Scope:
             if reason:
                 self.result.near_misses.append(NearMiss("equal-node", node.name, reason, module_of(node)))
                 continue
-            go_on = self.context.apply(self.result, "equal-node", node, f"computes what {_called(first)} does")
-            if not go_on:
-                break
-            self.merge(first, node)
+            if self.context.apply(self.result, "equal-node", node, f"computes what {_called(first)} does"):
+                self.merge(first, node)
         self.finish()
-        return go_on
 
     def why_not(self, first: Node, node: Node) -> str:
         """Why two nodes with one key must stay two; '' where they need not."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx
 
 from llmc.passes.base import Context, Pass, PassResult
-from llmc.passes.graph import Graph, Node, Tensor, outputs_of_scopes, remove_nodes, scopes
+from llmc.passes.graph import Graph, Node, Tensor, outputs_of_scopes, reads, remove_nodes, scopes
 
 COUNTS_ITS_OUTPUTS = {"BatchNormalization"}
 """Operators that compute something else when they are asked for fewer outputs (training mode before opset 14)."""
@@ -32,19 +32,18 @@ class EliminateDead(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         result = PassResult()
-        live = _live_nodes(graph)
+        live = _live_nodes(list(graph.outputs))
         for scope in scopes(graph):
-            if not _remove_dead(scope, live, context, result):
-                return result
+            _remove_dead(scope, live, context, result)
         _drop_outputs(graph, context, result)
         return result
 
 
-def _live_nodes(graph: Graph) -> set[int]:
-    """Ids of the nodes that the outputs of the graph depend on."""
+def _live_nodes(tensors: list[Tensor]) -> set[int]:
+    """Ids of the nodes that the tensors depend on."""
     live: set[int] = set()
     seen: set[int] = set()
-    pending: list[Tensor] = list(graph.outputs)
+    pending = list(tensors)
     while pending:
         tensor = pending.pop()
         if id(tensor) in seen:
@@ -58,20 +57,19 @@ def _live_nodes(graph: Graph) -> set[int]:
     return live
 
 
-def _remove_dead(scope: Graph, live: set[int], context: Context, result: PassResult) -> bool:
-    """Remove the scope's dead nodes, users before producers; False where the run is to end."""
+def _remove_dead(scope: Graph, live: set[int], context: Context, result: PassResult) -> None:
+    """Remove the scope's dead nodes, users before producers; one that stays lets those stay that it reads."""
     dead = []
-    go_on = True
     for node in reversed(scope.nodes):
         if id(node) in live:
             continue
-        go_on = context.apply(result, "dead-node", node, f"nothing uses {_names(node.outputs)}")
-        if not go_on:
-            break
-        dead.append(node)
+        if context.apply(result, "dead-node", node, f"nothing uses {_names(node.outputs)}"):
+            dead.append(node)
+        else:
+            live.update(id(producer) for tensor in reads(node) for producer in tensor.inputs)
+            live |= _live_nodes([output for body in node.subgraphs() for output in body.outputs])
     if dead:
         remove_nodes(scope, dead)
-    return go_on
 
 
 def _drop_outputs(graph: Graph, context: Context, result: PassResult) -> None:
@@ -81,10 +79,9 @@ def _drop_outputs(graph: Graph, context: Context, result: PassResult) -> None:
             unused = list(_unused_optional(node, graph.opset, given_back))
             if not any(tensor.name for tensor in unused):
                 continue
-            if not context.apply(result, "unused-output", node, f"nothing uses {_names(unused)}"):
-                return
-            for _ in unused:
-                node.outputs.pop()
+            if context.apply(result, "unused-output", node, f"nothing uses {_names(unused)}"):
+                for _ in unused:
+                    node.outputs.pop()
 
 
 def _unused_optional(node: Node, opset: int, given_back: set[int]) -> Iterator[Tensor]:

@@ -69,7 +69,6 @@ class _Walk:
         self.opset = graph.opset
         self.given_back = outputs_of_scopes(graph)
         self.fresh: Callable[[str], str] = fresh_names(graph)
-        self.ended = False
         self.bypassed: set[int] = set()
         """Ids of nodes that a rewrite has taken a reader from."""
 
@@ -80,7 +79,7 @@ class _Walk:
         removed: list[Node] = []
         for node in scope.nodes:
             current: Node | None = node
-            while current is not None and not self.ended:
+            while current is not None:
                 following = self.rewritten(current, made)
                 if following is current:
                     break
@@ -108,7 +107,6 @@ class _Walk:
                 refusals.append(NearMiss(name, node.name, str(refusal), module_of(node)))
                 continue
             if not self.context.apply(self.result, name, node, _detail(node, outcome)):
-                self.ended = True
                 return node
             self.bypassed.update(id(before) for tensor in node.inputs for before in tensor.inputs)
             if isinstance(outcome, Instead):

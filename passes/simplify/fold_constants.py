@@ -91,14 +91,15 @@ class _Folder:
     def sweep(self) -> bool:
         """Fold in graph order; True where shapes may be known now that were not before."""
         before = len(self.gone)
-        if not all(self.fold_scope(scope) for scope in scopes(self.graph)) or len(self.gone) == before:
+        for scope in scopes(self.graph):
+            self.fold_scope(scope)
+        if len(self.gone) == before:
             return False
         return any(node.op in ("Shape", "Size") for scope in scopes(self.graph) for node in scope.nodes)
 
-    def fold_scope(self, scope: Graph) -> bool:
-        """Fold the nodes of one scope; False where the run is to end."""
+    def fold_scope(self, scope: Graph) -> None:
+        """Fold the nodes of one scope."""
         folded: list[Node] = []
-        go_on = True
         for node in scope.nodes:
             try:
                 values = self.value(node)
@@ -108,14 +109,11 @@ class _Folder:
             if values is None:
                 continue
             detail = ", ".join(f"{c.dtype.name}{list(c.shape)}" for c in values)
-            go_on = self.context.apply(self.result, "fold", node, detail)
-            if not go_on:
-                break
-            self.replace(node, values, inside=scope is not self.graph)
-            folded.append(node)
+            if self.context.apply(self.result, "fold", node, detail):
+                self.replace(node, values, inside=scope is not self.graph)
+                folded.append(node)
         if folded:
             remove_nodes(scope, folded)
-        return go_on
 
     def value(self, node: Node) -> list[Constant] | None:
         """The constants that a node's named outputs are; None for a node that has nothing to do with constants."""

@@ -49,8 +49,7 @@ class SimplifyShapes(Pass):
         context.infer_shapes(graph)
         simplifier = _Simplifier(graph, context, result)
         for scope in scopes(graph):
-            if not simplifier.simplify(scope):
-                break
+            simplifier.simplify(scope)
         return result
 
 
@@ -61,26 +60,24 @@ class _Simplifier:
         self.fresh = fresh_names(graph)
         self.given_back = outputs_of_scopes(graph)
 
-    def simplify(self, scope: Graph) -> bool:
-        """One walk in graph order; False where the run is to end."""
+    def simplify(self, scope: Graph) -> None:
+        """One walk in graph order."""
         placement = Placement(scope, self.given_back)
         first: dict[tuple[object, ...], Tensor] = {}
-        go_on = True
         for node in list(scope.nodes):
             if node.domain or not node.outputs:
                 continue
-            go_on = self._known(node, first, placement) and (not node.outputs or self._view(node, placement))
-            if not go_on:
-                break
+            self._known(node, first, placement)
+            if node.outputs:
+                self._view(node, placement)
         placement.finish()
-        return go_on
 
-    def _known(self, node: Node, first: dict[tuple[object, ...], Tensor], placement: Placement) -> bool:
-        """Small integers: constants, or those that an earlier node has computed. False where the run is to end."""
+    def _known(self, node: Node, first: dict[tuple[object, ...], Tensor], placement: Placement) -> None:
+        """Small integers: constants, or those that an earlier node has computed."""
         tensor = node.outputs[0]
         values, shape = self.dims.values(tensor), self.dims.of(tensor)
         if not values or shape is None or None in values or id(tensor) in self.given_back or not tensor.outputs:
-            return True
+            return
         numbers = self.dims.integers(tensor)
         earlier: Tensor
         if numbers is not None and tensor.dtype is not None and tensor.dtype.kind == "i":
@@ -91,34 +88,31 @@ class _Simplifier:
             earlier = first.get(key, tensor)
             first[key] = earlier = earlier if earlier.inputs else tensor  # the earlier one may be gone by now
         if earlier is tensor:
-            return True
+            return
         detail = f"'{tensor.name}' is {[str(value) for value in values]}"
-        if not self.context.apply(self.result, "known-size", node, detail):
-            return False
-        replace_uses(tensor, earlier)
-        placement.remove_unused(node)
-        return True
+        if self.context.apply(self.result, "known-size", node, detail):
+            replace_uses(tensor, earlier)
+            placement.remove_unused(node)
 
-    def _view(self, node: Node, placement: Placement) -> bool:
-        """Nodes whose result is another tensor in a shape that a constant can say; False where the run is to end."""
+    def _view(self, node: Node, placement: Placement) -> None:
+        """Nodes whose result is another tensor in a shape that a constant can say."""
         after = self.dims.of(node.outputs[0])
         if after is None:
-            return True
+            return
         for source in self._sources(node):
             before = self.dims.of(source)
             if before is None:
                 continue
             if before == after and id(node.outputs[0]) not in self.given_back:
-                if not self.context.apply(self.result, "same-shape", node, f"is '{source.name}'"):
-                    return False
-                replace_uses(node.outputs[0], source)
-                placement.remove_unused(node)
-                return True
+                if self.context.apply(self.result, "same-shape", node, f"is '{source.name}'"):
+                    replace_uses(node.outputs[0], source)
+                    placement.remove_unused(node)
+                return
             op = "Expand" if node.op == "Expand" else "Reshape"
             target = _constant_target(op, before, after)
             if target is not None and not (source is node.inputs[0] and _is_constant(node)):
-                return self._reshape(node, op, source, target, placement)
-        return True
+                self._reshape(node, op, source, target, placement)
+                return
 
     def _sources(self, node: Node) -> list[Tensor]:
         """Tensors that have all the node's elements in their order, farthest first."""
@@ -133,10 +127,10 @@ class _Simplifier:
             found.insert(0, maker.inputs[0])
         return found
 
-    def _reshape(self, node: Node, op: str, source: Tensor, target: list[int], placement: Placement) -> bool:
-        """Let the node be Reshape or Expand of `source`; False where the run is to end."""
+    def _reshape(self, node: Node, op: str, source: Tensor, target: list[int], placement: Placement) -> None:
+        """Let the node be Reshape or Expand of `source`."""
         if not self.context.apply(self.result, "constant-shape", node, f"'{source.name}' in shape {target}"):
-            return False
+            return
         read = list(node.inputs)
         constant = Constant(self.fresh(f"{node.outputs[0].name}_shape"), np.array(target, dtype=np.int64))
         rewire([(node, 0, source), (node, 1, constant)])
@@ -144,7 +138,6 @@ class _Simplifier:
         for tensor in read:
             if tensor.inputs:
                 placement.remove_unused(tensor.inputs[0])
-        return True
 
 
 def _is_constant(node: Node) -> bool:

@@ -1,19 +1,17 @@
-"""How far a graph's outputs are from the reference, and whether a budget allows it."""
+"""How far values are from what was expected: one definition of each metric."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.compiler.loaders import Feeds
-from llmc.compiler.recipe.sections import AT_LEAST, METRICS, Metric
+from llmc.compiler.recipe.sections import METRICS, Metric
 from llmc.compiler.report import OutputNumerics
-from llmc.compiler.session import Session
 from llmc.passes.base import LlmcError
-from llmc.passes.graph import Array, Graph
+from llmc.passes.graph import Array
 
 
 @dataclass
@@ -83,51 +81,3 @@ def compare(
                 sums.setdefault(name, _Sums()).add(value, found[name])
     unasked: dict[str, object] = dict.fromkeys(metric for metric in METRICS if metric not in metrics)
     return [total.numerics(name).model_copy(update=unasked) for name, total in sums.items()]
-
-
-def breaches(numerics: Sequence[OutputNumerics], budgets: Mapping[str, float]) -> list[str]:
-    """One line for each output and metric that is outside its budget; NaN and infinity are outside of any."""
-    lines = []
-    for line in numerics:
-        if not line.finite:
-            lines.append(f"output '{line.output}' has NaN or infinity where the reference has none")
-            continue
-        for metric, bound in budgets.items():
-            value = getattr(line, metric)
-            if value is None:  # sqnr_db of equal outputs
-                continue
-            if metric in AT_LEAST and not value >= bound:
-                lines.append(f"output '{line.output}': {metric} is {value:.6g}, the budget asks for at least {bound:g}")
-            if metric not in AT_LEAST and not value <= bound:
-                lines.append(f"output '{line.output}': {metric} is {value:.6g}, the budget allows at most {bound:g}")
-    return lines
-
-
-@dataclass
-class Verifier:
-    """Compares graphs with a reference on fixed samples; the reference's outputs are computed once."""
-
-    samples: Sequence[Feeds]
-    expected: Sequence[Mapping[str, Array]]
-    metrics: Sequence[Metric] = METRICS
-
-    @classmethod
-    def against(
-        cls,
-        reference: Callable[[Feeds], Mapping[str, Array]],
-        samples: Iterable[Feeds],
-        metrics: Sequence[Metric] = METRICS,
-    ) -> Verifier:
-        """A verifier whose truth is what `reference` makes of the samples."""
-        held = list(samples)
-        return cls(held, [reference(sample) for sample in held], metrics)
-
-    def measure(self, graph: Graph) -> list[OutputNumerics]:
-        """Run `graph` over the samples (ONNX Runtime, optimizations off) and compare every output."""
-        session = Session(graph)
-        return compare(zip(self.expected, map(session.run, self.samples), strict=True), self.metrics)
-
-
-def verify(graph: Graph, reference: Graph, samples: Iterable[Feeds]) -> list[OutputNumerics]:
-    """How far `graph` is from `reference` on `samples`, output by output."""
-    return Verifier.against(Session(reference).run, samples).measure(graph)

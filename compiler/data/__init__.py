@@ -1,0 +1,33 @@
+"""Samples for calibration and verification: from the user's data, or random ones in the shape of the inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmc.compiler.data.arrays import from_folder, from_rows
+from llmc.compiler.data.bounds import index_bounds as index_bounds
+from llmc.compiler.data.generated import generate as generate
+from llmc.compiler.data.generated import random_feeds as random_feeds
+from llmc.compiler.data.samples import Samples as Samples
+from llmc.compiler.data.samples import Sizes as Sizes
+from llmc.compiler.data.samples import graph_inputs
+from llmc.compiler.data.text import from_text
+from llmc.compiler.errors import LlmcError
+from llmc.passes.graph import Graph
+
+
+def from_path(path: Path, graph: Graph, tokenizer: Path | None = None, limit_sequence: int | None = None) -> Samples:
+    """Samples from a folder of .npz files, one .npz file, or a text file with one sample a line.
+
+    An .npz file has one array per graph input, by its name. In a folder each file is a sample, in the order of their
+    names; of a single file each row is, where all inputs share a symbolic first dimension. Text goes through
+    `tokenizer` (a folder with tokenizer.json, or that file), cut at `limit_sequence` tokens. Raises LlmcError where
+    the data does not fit the graph.
+    """
+    if path.is_dir():
+        return from_folder(path, graph_inputs(graph))
+    if not path.is_file():
+        raise LlmcError(f"{path} does not exist")
+    if path.suffix == ".npz":
+        return from_rows(path, graph_inputs(graph))
+    return from_text(path, graph, tokenizer, limit_sequence)

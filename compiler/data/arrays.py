@@ -1,0 +1,86 @@
+"""Samples that stand ready in .npz files."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llmc.compiler.data.samples import Samples
+from llmc.compiler.errors import LlmcError
+from llmc.compiler.loaders import Feeds, digest_files
+from llmc.passes.graph import Array, Tensor, shape_of
+
+
+def from_folder(path: Path, inputs: Sequence[Tensor]) -> Samples:
+    files = sorted(path.glob("*.npz"))
+    if not files:
+        raise LlmcError(f"{path} holds no .npz files")
+    for file in files:
+        _read_npz(file, inputs)
+    digest = digest_files({file.name: file for file in files})
+    return Samples(path.name, digest, False, len(files), lambda number: _read_npz(files[number], inputs))
+
+
+def from_rows(path: Path, inputs: Sequence[Tensor]) -> Samples:
+    feeds = _read_npz(path, inputs)
+    digest = digest_files({path.name: path})
+    if not _has_common_batch(inputs):
+        return Samples(path.name, digest, False, 1, lambda _: feeds)
+    rows = next(iter(feeds.values())).shape[0]
+    if not rows:
+        raise LlmcError(f"{path} holds no samples: its arrays have 0 rows")
+
+    def make(number: int) -> Feeds:
+        return {name: array[number : number + 1] for name, array in feeds.items()}
+
+    return Samples(path.name, digest, False, rows, make)
+
+
+def _has_common_batch(inputs: Sequence[Tensor]) -> bool:
+    firsts = {(shape_of(tensor) or (None,))[0] for tensor in inputs}
+    return len(firsts) == 1 and isinstance(firsts.pop(), str)
+
+
+def _read_npz(path: Path, inputs: Sequence[Tensor]) -> dict[str, Array]:
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise LlmcError(f"{path} is a single array (.npy), not an .npz file with one array per input")
+            missing = [tensor.name for tensor in inputs if tensor.name not in archive.files]
+            if missing:
+                raise LlmcError(
+                    f"{path} has no array '{missing[0]}' for that input; it has: {', '.join(archive.files)}"
+                )
+            arrays = {tensor.name: archive[tensor.name] for tensor in inputs}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise LlmcError(f"{path} is not an .npz file of plain arrays: {error}") from error
+    sizes: dict[str, tuple[str, int]] = {}
+    return {tensor.name: _fit(arrays[tensor.name], tensor, path, sizes) for tensor in inputs}
+
+
+def _fit(array: Array, tensor: Tensor, path: Path, sizes: dict[str, tuple[str, int]]) -> Array:
+    """The array in the input's dtype, once its dtype and shape are found to fit."""
+    where = f"{path}: array '{tensor.name}'"
+    if tensor.dtype is not None and not np.can_cast(array.dtype, tensor.dtype, "safe"):
+        raise LlmcError(f"{where} is {array.dtype}, the model takes {np.dtype(tensor.dtype)}; save it as that")
+    shape = shape_of(tensor)
+    if shape is not None:
+        if array.ndim != len(shape):
+            raise LlmcError(f"{where} has shape {array.shape}, the model takes {len(shape)} dimensions {_text(shape)}")
+        for axis, (size, wanted) in enumerate(zip(array.shape, shape, strict=True)):
+            if isinstance(wanted, int) and size != wanted:
+                raise LlmcError(f"{where} has shape {array.shape}, but axis {axis} must be {wanted} in {_text(shape)}")
+            if isinstance(wanted, str):
+                other, known = sizes.setdefault(wanted, (tensor.name, size))
+                if known != size:
+                    raise LlmcError(f"{where}: '{wanted}' is {size}, but {known} in array '{other}'")
+    return array if tensor.dtype is None else array.astype(tensor.dtype, copy=False)
+
+
+def _text(shape: Sequence[int | str | None]) -> str:
+    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"

@@ -1,0 +1,85 @@
+"""Samples that are drawn, in the shapes of a graph's inputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llmc.compiler.data.bounds import index_bounds
+from llmc.compiler.data.samples import Samples, Sizes, graph_inputs
+from llmc.compiler.errors import LlmcError
+from llmc.compiler.loaders import Feeds
+from llmc.passes.graph import Array, Graph, Tensor, shape_of
+
+
+def generate(
+    graph: Graph, sizes: Sequence[Sizes], *, vocabulary: int | None = None, seed: int = 0, count: int = 16
+) -> Samples:
+    """`count` random samples in the shapes of the graph's inputs, going through `sizes` in turn.
+
+    What a value may be is read off the graph (the rows of the table that an input indexes) and the input's
+    name: token ids below `vocabulary`, masks of ones whose later rows end in padding, positions in order;
+    floats are normal. The same arguments give the same samples.
+    """
+    bounds = index_bounds(graph)
+    if vocabulary is not None:
+        bounds["input_ids"] = min(vocabulary, bounds.get("input_ids", vocabulary))
+    inputs = graph_inputs(graph)
+    for given in sizes:
+        _check_sizes(inputs, given)
+    described = [(t.name, str(t.dtype), shape_of(t), bounds.get(t.name)) for t in inputs]
+    recipe = repr((described, [sorted(given.items()) for given in sizes], seed, count))
+
+    def make(number: int) -> Feeds:
+        return random_feeds(inputs, sizes[number % len(sizes)], bounds, np.random.default_rng([seed, number]))
+
+    return Samples("random inputs", hashlib.sha256(recipe.encode()).hexdigest(), True, count, make)
+
+
+def random_feeds(
+    inputs: Sequence[Tensor], sizes: Sizes, bounds: Mapping[str, int], rng: np.random.Generator
+) -> dict[str, Array]:
+    """One random sample; integers of an input stay below its entry in `bounds`."""
+    feeds = {}
+    for tensor in inputs:
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+        feeds[tensor.name] = _random(tensor.name, np.dtype(tensor.dtype), shape, bounds.get(tensor.name), rng)
+    return feeds
+
+
+def _random(
+    name: str, dtype: np.dtype[Any], shape: tuple[int, ...], bound: int | None, rng: np.random.Generator
+) -> Array:
+    if "mask" in name:
+        return _mask(shape, rng).astype(dtype)
+    if dtype.kind not in "iub":
+        return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
+    if "position" in name and shape:
+        return np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
+    return rng.integers(0, bound or (256 if dtype == np.uint8 else 2), size=shape).astype(dtype)
+
+
+def _mask(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Ones; of a [rows, length] mask, rows after the first end in zeros, over half the length at most."""
+    mask = np.ones(shape, dtype=np.int64)
+    if len(shape) == 2:
+        rows, length = shape
+        kept = rng.integers((length + 1) // 2, length + 1, size=rows)
+        kept[0] = length
+        mask[np.arange(length) >= kept[:, None]] = 0
+    return mask
+
+
+def _check_sizes(inputs: Sequence[Tensor], sizes: Sizes) -> None:
+    for tensor in inputs:
+        shape = shape_of(tensor)
+        if shape is None or tensor.dtype is None or np.dtype(tensor.dtype).kind not in "iubfV":
+            raise LlmcError(f"random values cannot be made for input '{tensor.name}': give data with --calibration")
+        for axis, size in enumerate(shape):
+            if not isinstance(size, int) and size not in sizes:
+                raise LlmcError(
+                    f"no size is given for dimension {axis if size is None else repr(size)} of input '{tensor.name}'"
+                )

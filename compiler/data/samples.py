@@ -1,0 +1,46 @@
+"""A set of samples, each the inputs of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from llmc.compiler.loaders import Feeds
+from llmc.passes.graph import Graph, Tensor, Variable
+
+Sizes = Mapping[str, int]
+"""Symbolic dimension → its size."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A set of samples: one run's inputs each, made anew every time the set is gone through.
+
+    A sample of a model with a batch dimension has batch 1 and no padding where the data allows it, so that
+    statistics depend neither on how samples are batched nor on their order.
+    """
+
+    name: str
+    """The file or folder, or 'random inputs'."""
+    digest: str
+    """SHA-256 of what the samples are made from."""
+    random: bool
+    """True where they were drawn, and say nothing about real data."""
+    count: int
+    make: Callable[[int], Feeds]
+    """The sample of an index below `count`."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def first(self, count: int) -> Samples:
+        """The first `count` samples; all of them where there are no more."""
+        return replace(self, count=min(count, self.count))
+
+    def __iter__(self) -> Iterator[Feeds]:
+        return map(self.make, range(self.count))
+
+
+def graph_inputs(graph: Graph) -> list[Tensor]:
+    """The inputs as they are now; passes that change the graph later do not change the samples."""
+    return [Variable(tensor.name, dtype=tensor.dtype, shape=tensor.shape) for tensor in graph.inputs]
