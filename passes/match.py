@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from llmc.passes.graph import Array, Constant, Graph, Node, Tensor, constant_source, constant_value, onnx_dtype
+from llmc.passes.graph import Array, Constant, Node, Tensor, constant_source, constant_value, onnx_dtype
 from llmc.passes.pattern import (
     ATTRIBUTE_BECAME_INPUT,
     Attributes,
@@ -70,11 +70,10 @@ class Failure:
 class Matcher:
     """Tries one rule at nodes of one scope (a graph, or a subgraph)."""
 
-    def __init__(self, rule: Rewrite, scope: Graph, opset: int) -> None:
-        self.rule = rule
+    def __init__(self, rule: Rewrite, nodes: Container[int], outputs: Container[int], opset: int) -> None:
+        """`nodes` and `outputs` are the ids of the scope's nodes and of its output tensors."""
+        self.rule, self.nodes, self.outputs = rule, nodes, outputs
         self.defaults = {id(o): _defaults(o.op, o.domain, opset) for o in rule.operators}
-        self.outputs = {id(t) for t in scope.outputs}
-        self.nodes = {id(node) for node in scope.nodes}
         self.failure = Failure()
 
     def at(self, node: Node) -> Match | None:
@@ -121,10 +120,6 @@ class Matcher:
         if any(p.kind is p.VAR_POSITIONAL for p in wanted):
             return method(*before, *bound.values())
         return method(*before, **{p.name: bound[p.name] for p in wanted})
-
-    def refused(self, node: Node) -> str:
-        """Why there is no match at `node`."""
-        return "another match covers it" if self.at(node) is not None else self.failure.reason()
 
     def _escape(self, match: Match) -> str | None:
         inside = {id(node) for node in match.nodes.values()}

@@ -256,6 +256,22 @@ class Rewrite(ABC):
         return min(needed, key=lambda o: (o.op in _ARITHMETIC, kinds.count(o.op), rarity.get(o.op, 0)))
 
     @cached_property
+    def paths(self) -> tuple[tuple[Operator, ...], ...]:
+        """Operators from the heart's user up to the root, for each way through the pattern's options."""
+
+        def users(value: Value | None, above: tuple[Operator, ...]) -> Iterator[tuple[Operator, ...]]:
+            if isinstance(value, Either):
+                for option in value.options:
+                    yield from users(option, above)
+            elif isinstance(value, Output):
+                if value.operator is self.heart:
+                    yield above
+                for source in value.operator.inputs:
+                    yield from users(source, (value.operator, *above))
+
+        return tuple(users(self.values[0], ()))
+
+    @cached_property
     def alternatives(self) -> tuple[tuple[int, ...], ...]:
         """Every way to choose among the pattern's `either` calls."""
         arities: list[int] = []

@@ -22,7 +22,7 @@ uses, stop the match: a rewrite never recomputes. Only a Shape may be used outsi
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from llmc.passes.base import Context, NearMiss, Pass, PassResult
@@ -33,18 +33,18 @@ from llmc.passes.graph import (
     infer_shapes,
     metadata,
     module_of,
-    scopes,
     unlink,
 )
-from llmc.passes.match import Match, Matcher, called, operator_of, position
+from llmc.passes.match import Match, Matcher, position
 from llmc.passes.opset import raise_opset
 from llmc.passes.pattern import Attribute as Attribute
 from llmc.passes.pattern import Attributes as Attributes
-from llmc.passes.pattern import Builder, Either, Operator, Output, Value
+from llmc.passes.pattern import Builder
 from llmc.passes.pattern import Rest as Rest
 from llmc.passes.pattern import Rewrite as Rewrite
 from llmc.passes.pattern import Scalar as Scalar
 from llmc.passes.pattern import Weight as Weight
+from llmc.passes.search import Place, Places, Search
 
 NEWEST_OPSET = 25
 """To which rules may raise a graph: TensorRT reads no newer one."""
@@ -57,14 +57,14 @@ class RewritePass(Pass):
     repeat: ClassVar[bool] = False
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        result = PassResult()
+        result, places = PassResult(), Places(graph)
         while True:
             before = len(result.rewrites)
             result.near_misses.clear()
             for rule in self.rules:
-                if any(operator_of(node) == rule.heart.op for scope in scopes(graph) for node in scope.nodes):
+                if places.have(rule.heart.op):
                     context.infer_shapes(graph)
-                    apply_rule(rule, graph, context, result, self.newest_opset())
+                    apply_rule(rule, graph, context, result, self.newest_opset(), places)
             if not self.repeat or len(result.rewrites) == before:
                 break
         _drop_explained(result)
@@ -76,13 +76,20 @@ class RewritePass(Pass):
 
 
 def apply_rule(
-    rule: Rewrite, graph: Graph, context: Context, result: PassResult, newest_opset: int = NEWEST_OPSET
+    rule: Rewrite,
+    graph: Graph,
+    context: Context,
+    result: PassResult,
+    newest_opset: int = NEWEST_OPSET,
+    places: Places | None = None,
 ) -> None:
     """Apply one rule wherever it fits, in the graph and its subgraphs; refusals go to the near misses.
 
     The graph's shapes must have been inferred. It is raised to the opset of the rule, but not above `newest_opset`.
+    `places` are those of the graph as it is, and will be again.
     """
-    if graph.opset < rule.opset and any(_matches(rule, graph, scope, []) for scope in scopes(graph)):
+    places = places or Places(graph)
+    if graph.opset < rule.opset and any(Search(rule, place, graph.opset).matches() for place in places):
         problem: str | None = f"it needs opset {rule.opset}, and the graph of opset {graph.opset} is not to be raised"
         if rule.opset <= newest_opset:
             problem = raise_opset(graph, rule.opset)
@@ -90,81 +97,30 @@ def apply_rule(
             result.near_misses.append(NearMiss(rule.name, "", problem))
             return
         infer_shapes(graph)
-    for scope in scopes(graph):
-        _apply_in_scope(rule, graph, scope, context, result)
+        places.renew()
+    changed = [_apply_in_place(rule, graph, place, context, result) for place in places]
+    if any(changed):
+        places.renew()
 
 
-def _matches(rule: Rewrite, graph: Graph, scope: Graph, misses: list[tuple[Node, str]]) -> list[Match]:
-    """Matches that do not overlap, in graph order; `misses` gets each heart of the pattern that found no match."""
-    matcher = Matcher(rule, scope, graph.opset)
-    found: list[Match] = []
-    covered: set[int] = set()
-    operators = {roots[0].operator.op for roots in rule.roots}
-    for node in scope.nodes:
-        if operator_of(node) not in operators:
-            continue
-        match = matcher.at(node)
-        if match is not None and covered.isdisjoint(id(n) for n in match.nodes.values()):
-            covered.update(id(n) for n in match.nodes.values())
-            found.append(match)
-    paths = _paths(rule)
-    hearts = [n for n in scope.nodes if operator_of(n) == rule.heart.op and id(n) not in covered]
-    misses.extend((node, _why_not(matcher, node, paths)) for node in hearts)
-    return found
-
-
-def _paths(rule: Rewrite) -> list[list[Operator]]:
-    """Operators from the heart's user up to the root, for each way through the pattern's options."""
-
-    def users(value: Value | None, above: list[Operator]) -> Iterator[list[Operator]]:
-        if isinstance(value, Either):
-            for option in value.options:
-                yield from users(option, above)
-        elif isinstance(value, Output):
-            if value.operator is rule.heart:
-                yield above
-            for source in value.operator.inputs:
-                yield from users(source, [value.operator, *above])
-
-    return [path for value in rule.values for path in users(value, [])]
-
-
-def _why_not(matcher: Matcher, heart: Node, paths: Sequence[Sequence[Operator]]) -> str:
-    """Walk from the heart to where the root would be; the first step that is missing, or what stops a match there.
-
-    Of several ways to go, the one that leads furthest.
-    """
-    furthest, reason = -1, ""
-    for path in paths:
-        node = heart
-        for depth, step in enumerate(path):
-            users = [user for tensor in node.outputs for user in tensor.outputs]
-            onward = next((user for user in users if operator_of(user) == step.op), None)
-            if onward is None:
-                if depth > furthest:
-                    goes = f"goes to {called(users[0])}" if users else "goes nowhere"
-                    furthest, reason = depth, f"the result of {called(node)} {goes}, where {step.op} is needed"
-                break
-            node = onward
-        else:
-            return matcher.refused(node)
-    return reason
-
-
-def _apply_in_scope(rule: Rewrite, graph: Graph, scope: Graph, context: Context, result: PassResult) -> None:
-    misses: list[tuple[Node, str]] = []
-    matcher = Matcher(rule, scope, graph.opset)
+def _apply_in_place(rule: Rewrite, graph: Graph, place: Place, context: Context, result: PassResult) -> bool:
+    """Apply one rule to one graph or subgraph; True where that changed it."""
+    search = Search(rule, place, graph.opset)
+    matches = search.matches()
+    misses = [NearMiss(rule.name, node.name, reason, module_of(node)) for node, reason in search.misses(matches)]
     fresh = fresh_names(graph)
     placed: dict[int, list[Node]] = {}
     removed: set[int] = set()
-    for match in _matches(rule, graph, scope, misses):
+    for match in matches:
         if not context.apply(result, rule.name, match.root):
             continue
-        placed[id(match.root)] = _replace(matcher, match, graph.opset, fresh)
+        placed[id(match.root)] = _replace(search.matcher, match, graph.opset, fresh)
         removed.update(id(n) for n in match.nodes.values())
-    result.near_misses.extend(NearMiss(rule.name, n.name, reason, module_of(n)) for n, reason in misses)
+    result.near_misses.extend(misses)
     if removed:
-        scope.nodes = [new for old in scope.nodes for new in placed.get(id(old), [] if id(old) in removed else [old])]
+        nodes = place.scope.nodes
+        place.scope.nodes = [n for old in nodes for n in placed.get(id(old), () if id(old) in removed else (old,))]
+    return bool(removed)
 
 
 def _replace(matcher: Matcher, match: Match, opset: int, fresh: Callable[[str], str]) -> list[Node]:

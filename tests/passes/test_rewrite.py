@@ -9,6 +9,7 @@ import pytest
 
 from llmc.passes.base import Context, PassResult
 from llmc.passes.graph import Graph, Variable, infer_shapes
+from llmc.passes.match import Matcher
 from llmc.passes.rewrite import Attribute, Attributes, Builder, Rest, Rewrite, Scalar, Weight, apply_rule
 
 
@@ -167,6 +168,16 @@ def test_the_builder_types_what_it_makes() -> None:
     assert [t.name == "" or t.dtype for t in clipped.inputs[0].inputs] == [np.float16, np.float16]
     padded = op.Pad(half, 1.0, pads=[1, 1])
     assert [t.dtype for t in padded.inputs[0].inputs] == [np.float16, np.int64, np.float16]
+
+
+def test_a_rule_is_tried_only_where_its_heart_is(parse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    at = Matcher.at
+    monkeypatch.setattr(Matcher, "at", lambda self, node: tried.append(node.name) or at(self, node))  # type: ignore[func-returns-value]
+    adds = " ".join(f"a{i + 1} = Add(a{i}, x)" for i in range(100))
+    graph = parse(f"(float[N] x) => (float[N] y, float[N] z) {{ a0 = Abs(x) {adds} z = Tanh(a100) y = Add(a100, z) }}")
+    assert reasons(TanhAdded(), graph) == ["'z', inside the pattern, is an output of the graph"]
+    assert tried == ["y"]
 
 
 def test_rest_takes_every_input(parse: Any) -> None:
