@@ -32,6 +32,7 @@ from llmc.compiler.report import (
 from llmc.compiler.report.statistics import count_operators, graph_report, layer_precision, weights_by_dtype
 from llmc.compiler.session import Session
 from llmc.compiler.targets import BuildRequest, Built, Profile, Progress, Target, resolve
+from llmc.compiler.targets.input_shapes import dynamic_dimensions
 from llmc.compiler.verification import Verifier, breaches
 from llmc.passes.base import Pass, PassResult
 from llmc.passes.graph import Graph, Structure, from_structure, save_model
@@ -357,7 +358,9 @@ def _bytes(graph: Graph) -> int:
 
 def _build(made: Plan, graph: Graph, model: Path, folder: Path, progress: Progress) -> Built:
     """Check, then build; every reason against it in one TargetError."""
-    request = BuildRequest(made.profiles, made.recipe.target.compute_capabilities, made.recipe.target.workspace)
+    dynamic = dynamic_dimensions(graph)  # a pass may have fixed some: a static cache has one length
+    profiles = [{name: sizes for name, sizes in profile.items() if name in dynamic} for profile in made.profiles]
+    request = BuildRequest(profiles, made.recipe.target.compute_capabilities, made.recipe.target.workspace)
     progress(f"checking for {made.target.kind}")
     problems = made.target.check(graph, request)
     if problems:

@@ -11,13 +11,15 @@ import onnx
 
 from llmc.compiler.half import has_halves, round_halves
 from llmc.passes.base import LlmcError
+from llmc.passes.cache.static_cache import StaticCache
 from llmc.passes.graph import Array, Graph, Weights, to_structure
 
 
 class Session:
     """One graph, ready to run on the CPU. Weights are shared with the graph, not copied.
 
-    float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`).
+    float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`). A graph with a static cache
+    takes inputs, and gives outputs, of its growing form as well (see `passes/cache/static_cache.py`).
 
     `extra_outputs` are tensors of the graph to give back beside its outputs. Raises LlmcError where ONNX
     Runtime cannot run the graph, with its reason.
@@ -26,6 +28,7 @@ class Session:
     def __init__(self, graph: Graph, extra_outputs: Sequence[str] = ()) -> None:
         import onnxruntime as ort
 
+        self._cache = StaticCache.of(graph)
         structure = to_structure(round_halves(graph) if has_halves(graph) else graph)
         present = {info.name for info in structure.model.graph.output}
         structure.model.graph.output.extend(
@@ -50,12 +53,15 @@ class Session:
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Output name → value. Inputs that the graph does not have (any more) are left out."""
         names = list(outputs) if outputs is not None else self.outputs
-        given = {name: np.ascontiguousarray(feeds[name]) for name in self.inputs if name in feeds}
+        cache = self._cache if self._cache is not None and self._cache.takes(feeds) else None
+        fed = feeds if cache is None else cache.feeds(feeds)
+        given = {name: np.ascontiguousarray(fed[name]) for name in self.inputs if name in fed}
         try:
             values = self._session.run(names, given)
         except Exception as error:
             raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
-        return dict(zip(names, values, strict=True))
+        found = dict(zip(names, values, strict=True))
+        return found if cache is None else cache.outputs(feeds, found)
 
 
 def _ort_values(weights: Mapping[str, Array | Weights]) -> dict[str, Any]:

@@ -25,6 +25,14 @@ class Dimension:
             return Dimension(frozenset({((value,), 1)}))
         return Dimension(frozenset({((), value)} if value else ()))
 
+    @staticmethod
+    def named(name: str) -> Dimension:
+        """What a model calls a size: exporters write sums of others as `past_sequence_length + sequence_length`."""
+        parts = name.split(" + ")
+        if not all(part.isidentifier() or part.isdecimal() for part in parts):
+            parts = [name]
+        return reduce(Dimension.__add__, (Dimension.of(int(p) if p.isdecimal() else p) for p in parts))
+
     @property
     def number(self) -> int | None:
         """The size as an integer; None where it depends on the inputs."""

@@ -114,7 +114,7 @@ class Dimensions:
             return Dimension.of(declared) if declared > 0 and followed.number is None else followed
         if not declared or declared.startswith("unk__") or not followed.is_unknown:
             return followed
-        return Dimension.of(declared)
+        return Dimension.named(declared)
 
     def _is_small(self, tensor: Tensor) -> bool:
         shape = self.of(tensor)

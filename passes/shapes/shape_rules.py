@@ -210,9 +210,12 @@ def _filled(dims: Dimensions, node: Node) -> list[Shape | None] | None:
 
 def _range(dims: Dimensions, node: Node) -> list[Shape | None] | None:
     start, limit, step = (dims.values(tensor) for tensor in node.inputs)
-    if start != (Dimension.of(0),) or step != (ONE,) or limit is None or not isinstance(limit[0], Dimension):
+    if not start or not limit or step != (ONE,) or not isinstance(start[0], Dimension):
         return None
-    return [(limit[0],)]
+    if not isinstance(limit[0], Dimension):
+        return None
+    size = limit[0] + start[0] * Dimension.of(-1)
+    return [(size,)] if size.positive else None
 
 
 def _reduce(dims: Dimensions, node: Node) -> list[Shape | None] | None:
@@ -229,9 +232,18 @@ def _attention(dims: Dimensions, node: Node) -> list[Shape | None] | None:
     if query is None or value is None:
         return None
     if len(query) == 4:
-        return [(*query[:3], value[3])]
+        return [(*query[:3], value[3]), *(_present(dims, node, index) for index in (1, 2))]
     heads = value[2].over(Dimension.of(node.attrs["kv_num_heads"]))
     return None if heads is None else [(*query[:2], heads * Dimension.of(node.attrs["q_num_heads"]))]
+
+
+def _present(dims: Dimensions, node: Node, index: int) -> Shape | None:
+    """Keys (1) or values (2) that an Attention gives back: those of before, and the new ones behind them."""
+    past = node.inputs[index + 3] if len(node.inputs) > index + 3 else None
+    before, new = (dims.of(past) if past is not None else None), dims.of(node.inputs[index])
+    if before is None or new is None or len(before) != 4 or len(new) != 4:
+        return None
+    return (*new[:2], before[2] + new[2], new[3])
 
 
 # fmt: off

@@ -1,0 +1,1 @@
+"""Passes over the caches of keys and values of decoders."""
