@@ -145,6 +145,7 @@ def plan(
         source,
         task=recipe.model.task,
         opset=recipe.model.opset,
+        cache=recipe.model.cache,
         trust_remote_code=recipe.model.trust_remote_code,
         offline=offline,
         progress=progress,

@@ -10,6 +10,7 @@ from llmc.compiler.recipe import Recipe
 from llmc.compiler.recipe.errors import suggestion
 from llmc.compiler.targets import Profile, Range
 from llmc.passes.graph import Graph
+from llmc.passes.shapes.dimension import size_at, summands
 
 BATCH = Range(1, 1, 8)
 """Of a dimension whose name says batch, where the recipe gives no sizes."""
@@ -40,7 +41,10 @@ def declare_inputs(graph: Graph, recipe: Recipe) -> None:
 
 
 def symbolic_dimensions(graph: Graph) -> list[str]:
-    """Names of the symbolic dimensions of the graph's inputs, in order. Raises LlmcError for one without a name."""
+    """Names of the symbolic dimensions of the graph's inputs, in order; those in a sum ('past + new') one by one.
+
+    Raises LlmcError for one without a name.
+    """
     names: dict[str, None] = {}
     for tensor in graph.inputs:
         if tensor.shape is None:
@@ -52,7 +56,7 @@ def symbolic_dimensions(graph: Graph) -> list[str]:
                     "name it under model.inputs in the recipe"
                 )
             if isinstance(size, str):
-                names[size] = None
+                names |= dict.fromkeys(part for part in summands(size) if not part.isdecimal())
     return list(names)
 
 
@@ -72,6 +76,11 @@ def resolve_profiles(loaded: Loaded, recipe: Recipe) -> tuple[list[Profile], lis
             limit = loaded.limits.get(name)
             if limit is not None and sizes.max > limit:
                 raise LlmcError(f"{place}: '{name}' goes up to {sizes.max}, the model allows at most {limit}")
+        for total, limit in loaded.limits.items():
+            best = sum(given[name].opt for name in summands(total) if name in given)
+            if best > limit:
+                place = recipe.where("model", "dimensions")
+                raise LlmcError(f"{place}: {total} is {best} at best, the model allows at most {limit}")
         assumed |= {name: _assumed(name, loaded.limits) for name in names if name not in given}
         profiles.append({name: given.get(name) or assumed[name] for name in names})
     notes = [
@@ -99,10 +108,16 @@ def check_sizes(graph: Graph, samples: Iterable[Feeds], profiles: Sequence[Profi
 def sizes_of(graph: Graph, sample: Feeds) -> dict[str, int]:
     """Symbolic dimension → the size that it has in `sample`. Raises LlmcError where inputs disagree."""
     sizes: dict[str, int] = {}
+    sums = []
     for tensor in graph.inputs:
         for name, size in zip(tensor.shape, sample[tensor.name].shape, strict=True):
-            if isinstance(name, str) and sizes.setdefault(name, size) != size:
+            if isinstance(name, str) and len(summands(name)) > 1:
+                sums.append((name, size, tensor.name))
+            elif isinstance(name, str) and sizes.setdefault(name, size) != size:
                 raise LlmcError(f"'{name}' is {sizes[name]} in one input and {size} in '{tensor.name}'")
+    for name, size, tensor_name in sums:
+        if size_at(name, sizes) != size:
+            raise LlmcError(f"'{name}' is {size_at(name, sizes)} in other inputs and {size} in '{tensor_name}'")
     return sizes
 
 
@@ -114,5 +129,7 @@ def generated_sizes(profile: Profile) -> list[dict[str, int]]:
 def _assumed(name: str, limits: Mapping[str, int]) -> Range:
     if "batch" in name.lower():
         return BATCH
-    limit = limits.get(name, OTHER.max)
-    return Range(OTHER.min, min(OTHER.opt, limit), min(OTHER.max, limit))
+    shared = [limit for total, limit in limits.items() if name in summands(total) and name != total]
+    limit = min([*shared, limits.get(name, OTHER.max)])
+    least = 0 if name.lower().startswith("past") else OTHER.min
+    return Range(least, min(OTHER.opt, limit // 2 if shared else limit), min(OTHER.max, limit))

@@ -13,6 +13,7 @@ from llmc.compiler.data.samples import Samples, Sizes, graph_inputs
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Feeds
 from llmc.passes.graph import Array, Graph, Tensor, shape_of
+from llmc.passes.shapes.dimension import size_at, summands
 
 
 def generate(
@@ -45,9 +46,25 @@ def random_feeds(
     """One random sample; integers of an input stay below its entry in `bounds`."""
     feeds = {}
     for tensor in inputs:
-        shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+        shape = tuple(size_at(size, sizes) for size in tensor.shape)
         feeds[tensor.name] = _random(tensor.name, np.dtype(tensor.dtype), shape, bounds.get(tensor.name), rng)
+    _pad_past(feeds)
     return feeds
+
+
+def _pad_past(feeds: dict[str, Array]) -> None:
+    """Where a mask is longer than the tokens, it covers a cache before them, which is padded on the left.
+
+    The mask is turned round, so that no new token is hidden, and positions go on from it.
+    """
+    mask, tokens = feeds.get("attention_mask"), feeds.get("input_ids")
+    if mask is None or tokens is None or mask.ndim != 2 or mask.shape[1] <= tokens.shape[1]:
+        return
+    mask[:] = mask[:, ::-1].copy()
+    mask[:, -tokens.shape[1] :] = 1
+    if "position_ids" in feeds:
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -tokens.shape[1] :]
+        feeds["position_ids"] = positions.astype(feeds["position_ids"].dtype)
 
 
 def _random(
@@ -79,7 +96,8 @@ def _check_sizes(inputs: Sequence[Tensor], sizes: Sizes) -> None:
         if shape is None or tensor.dtype is None or np.dtype(tensor.dtype).kind not in "iubfV":
             raise LlmcError(f"random values cannot be made for input '{tensor.name}': give data with --calibration")
         for axis, size in enumerate(shape):
-            if not isinstance(size, int) and size not in sizes:
-                raise LlmcError(
-                    f"no size is given for dimension {axis if size is None else repr(size)} of input '{tensor.name}'"
-                )
+            if size is None:
+                raise LlmcError(f"no size is given for dimension {axis} of input '{tensor.name}'")
+            for name in [] if isinstance(size, int) else summands(size):
+                if name not in sizes and not name.isdecimal():
+                    raise LlmcError(f"no size is given for dimension '{name}' of input '{tensor.name}'")

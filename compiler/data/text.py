@@ -73,12 +73,24 @@ class _Encoder:
             "token_type_ids": (encoding.type_ids, 0),
             "position_ids": (range(len(ids)), 0),
         }
-        return {name: self._row(*values[name], np.dtype(tensor.dtype)) for name, tensor in self.inputs.items()}
+        rows = {name: self._row(*values[name], np.dtype(t.dtype)) for name, t in self.inputs.items() if name in values}
+        return rows | {name: _no_past(tensor) for name, tensor in self.inputs.items() if is_past(name)}
 
     def _row(self, values: Sequence[int], fill: int, dtype: np.dtype[Any]) -> Array:
         row = np.full((1, self.length or len(values)), fill, dtype=dtype)
         row[0, : len(values)] = values
         return row
+
+
+def is_past(name: str) -> bool:
+    """Whether an input holds keys or values of a decoder's earlier tokens, as optimum and llmc name them."""
+    return name.startswith("past_key_values.")
+
+
+def _no_past(tensor: Tensor) -> Array:
+    """A cache, [batch, heads, length, width], before the first token of one text."""
+    batch, heads, _, width = tensor.shape
+    return np.zeros((1 if isinstance(batch, str) else batch, heads, 0, width), tensor.dtype)
 
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -90,6 +102,8 @@ def _fixed_length(path: Path, inputs: Mapping[str, Tensor]) -> int | None:
     lengths = set()
     for name, tensor in inputs.items():
         shape = shape_of(tensor)
+        if is_past(name) and shape is not None and len(shape) == 4:
+            continue
         if name not in TEXT_INPUTS or shape is None or len(shape) != 2:
             raise LlmcError(
                 f"{path} is text, which cannot fill the model's input '{name}': give a folder of .npz files"

@@ -18,6 +18,9 @@ Feeds = Mapping[str, Array]
 Progress = Callable[[str], None]
 """Called with the phase that begins ('reading weights', 'exporting at opset 23 with sdpa attention')."""
 
+Cache = Literal["growing", "none"]
+"""Whether a decoder takes and gives the keys and values of earlier tokens."""
+
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
 """A model on the Hugging Face hub: 'name' or 'owner/name', and '@revision' to pin it."""
 
@@ -52,6 +55,7 @@ def load(
     *,
     task: str | None = None,
     opset: int | None = None,
+    cache: Cache = "growing",
     trust_remote_code: bool = False,
     offline: bool = False,
     progress: Progress = lambda _: None,
@@ -59,7 +63,8 @@ def load(
     """Load an ONNX file, a folder with `model.onnx`, a Hugging Face or sentence-transformers folder, or a hub id.
 
     `task` and `opset` say what a Hugging Face model is exported as and at (by default what its configuration
-    and the exporter's state call for). `offline` uses only what the hub's cache holds, as HF_HUB_OFFLINE does.
+    and the exporter's state call for), `cache` whether a decoder takes and gives the keys and values of earlier
+    tokens. `offline` uses only what the hub's cache holds, as HF_HUB_OFFLINE does.
     Raises LlmcError with the reason for everything that cannot be loaded.
     """
     path = Path(source).expanduser()
@@ -81,7 +86,9 @@ def load(
 
         progress(f"fetching {source}")
         path = fetch(source, offline=offline)
-    loaded = load_huggingface(path, task=task, opset=opset, trust_remote_code=trust_remote_code, progress=progress)
+    loaded = load_huggingface(
+        path, task=task, opset=opset, cache=cache, trust_remote_code=trust_remote_code, progress=progress
+    )
     if fetched:
         loaded.name = source
         loaded.notes.append(f"{source} was read at revision {path.name}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import Loaded, Progress, digest_files
+from llmc.compiler.loaders import Cache, Loaded, Progress, digest_files
 from llmc.compiler.loaders.checkpoint import Checkpoint, open_checkpoint
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.sentence_transformers import is_sentence_transformer, read_head, transformer_folder
@@ -21,14 +21,17 @@ def load_huggingface(
     *,
     task: str | None = None,
     opset: int | None = None,
+    cache: Cache = "growing",
     trust_remote_code: bool = False,
     progress: Progress = lambda _: None,
 ) -> Loaded:
     """Load a folder with config.json and .safetensors weights, or a sentence-transformers folder.
 
-    Inputs of text models are input_ids, attention_mask and, where the model tells segments apart, token_type_ids,
-    all int64[batch, sequence]; of vision models pixel_values[batch, channels, height, width], with a fixed
-    image size and in the weights' dtype. Raises LlmcError with the reason where the model cannot be loaded or exported.
+    Inputs of text models are input_ids, attention_mask and, where the model tells segments apart, token_type_ids, all
+    int64[batch, sequence]; of decoders with a `cache` also past_key_values.N.key and .value, [batch, heads,
+    past_sequence, width], and an attention_mask over past and new tokens; of vision models pixel_values[batch,
+    channels, height, width], with a fixed image size and in the weights' dtype. Raises LlmcError with the reason
+    where the model cannot be loaded or exported.
     """
     pooled = is_sentence_transformer(folder)
     if task is not None:
@@ -42,7 +45,7 @@ def load_huggingface(
 
     progress("reading weights")
     model, missing = _load_model(checkpoint, task, trust_remote_code)
-    signature = signature_of(model, task, head, checkpoint.folder)
+    signature = signature_of(model, task, head, checkpoint.folder, cache)
     exported = export(model, signature, task, opset, progress)
     random = sorted(missing & exported.parameters)
     if random:

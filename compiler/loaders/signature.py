@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.loaders import Cache
 from llmc.compiler.loaders.checkpoint import read_json
+from llmc.compiler.loaders.key_values import PARTS, PAST, cache_inputs, cache_outputs, past_cache, present_values
 from llmc.compiler.loaders.sentence_transformers import OUTPUTS, Head
-from llmc.compiler.loaders.tasks import TASKS
+from llmc.compiler.loaders.tasks import TASKS, TEXT_GENERATION
 from llmc.passes.graph import Variable
 
 Sizes = dict[str, int]
@@ -45,9 +47,14 @@ class Signature:
     notes: tuple[str, ...] = ()
 
 
-def signature_of(model: Any, task: str, head: Head | None, folder: Path) -> Signature:
-    """The signature of a loaded transformers model. Raises LlmcError for kinds of input that llmc does not give."""
+def signature_of(model: Any, task: str, head: Head | None, folder: Path, cache: Cache = "growing") -> Signature:
+    """The signature of a loaded transformers model; `cache` counts for text generation alone.
+
+    Raises LlmcError for kinds of input that llmc does not give.
+    """
     kinds = [name for name in MAIN_INPUTS if name in inspect.signature(model.forward).parameters]
+    if kinds == ["input_ids"] and task == TEXT_GENERATION and cache == "growing":
+        return _cached_signature(model)
     if kinds == ["input_ids"]:
         return _text_signature(model, task, head)
     if kinds == ["pixel_values"]:
@@ -82,6 +89,40 @@ def _text_signature(model: Any, task: str, head: Head | None) -> Signature:
         checks=({"batch": 1, "sequence": min(5, longest)}, {"batch": 3, "sequence": min(11, longest)}),
         bounds={"input_ids": config.vocab_size, "token_type_ids": types},
         limits={"sequence": limit} if limit else {},
+    )
+
+
+def _cached_signature(model: Any) -> Signature:
+    """A decoder that takes keys and values of earlier tokens, and gives those of all: for prompts and for decoding."""
+    config = model.config.get_text_config()
+    taken = inspect.signature(model.forward).parameters
+    past = cache_inputs(model)
+    layers = len(past) // len(PARTS)
+    total = f"{PAST} + sequence"
+    names = ["input_ids", *(["position_ids"] if "position_ids" in taken else [])]
+
+    def call(forward: Callable[..., Any], **inputs: Any) -> tuple[Any, ...]:
+        given = {name: inputs[name] for name in (*names, "attention_mask")}
+        found = forward(**given, past_key_values=past_cache(inputs, layers), use_cache=True, return_dict=True)
+        return (*_outputs(model, found, TASKS[TEXT_GENERATION].outputs), *present_values(found["past_key_values"]))
+
+    limit = _longest_sequence(model, config)
+    return Signature(
+        inputs=(
+            *(Variable(name, dtype=np.int64, shape=["batch", "sequence"]) for name in names),
+            Variable("attention_mask", dtype=np.int64, shape=["batch", total]),
+            *past,
+        ),
+        outputs=(*TASKS[TEXT_GENERATION].outputs, *cache_outputs(layers)),
+        call=call,
+        sample={"batch": 2, "sequence": 3, PAST: 5},
+        checks=(
+            {"batch": 1, "sequence": 7, PAST: 0},
+            {"batch": 3, "sequence": 1, PAST: 6},
+            {"batch": 2, "sequence": 4, PAST: 3},
+        ),
+        bounds={"input_ids": config.vocab_size},
+        limits=dict.fromkeys(("sequence", PAST, total), limit) if limit else {},
     )
 
 

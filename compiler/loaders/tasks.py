@@ -22,8 +22,10 @@ class Task:
 SENTENCE_EMBEDDING = "sentence-embedding"
 """What a sentence-transformers folder is for: pooling and normalization stand in the graph."""
 
+TEXT_GENERATION = "text-generation"
+
 TASKS = {
-    "text-generation": Task(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", ("logits",)),
+    TEXT_GENERATION: Task(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", ("logits",)),
     "fill-mask": Task(("ForMaskedLM",), "AutoModelForMaskedLM", ("logits",)),
     "text-classification": Task(("ForSequenceClassification",), "AutoModelForSequenceClassification", ("logits",)),
     "token-classification": Task(("ForTokenClassification",), "AutoModelForTokenClassification", ("logits",)),

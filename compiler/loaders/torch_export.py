@@ -8,15 +8,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmc.compiler.data import random_feeds
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.generation import Decoder, Input, greedy, pad_left
 from llmc.compiler.loaders import Feeds, Progress
+from llmc.compiler.loaders.key_values import PAST
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.signature import Signature
+from llmc.compiler.loaders.tasks import TEXT_GENERATION
 from llmc.compiler.session import Session
 from llmc.passes.graph import SMALL, Array, Graph, Structure, Weights, from_structure
 
@@ -32,6 +36,10 @@ TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
 Both sides round each of some hundred dependent operations: by 2^-24 in float32, which was seen to add up to some 1e-6,
 and by 2^-11 in float16. A mask that was dropped, or a position that is one off, shows as 1e-2 and more.
 """
+
+
+TOKENS = 16
+"""Generated greedily, by torch and by the graph of a decoder with a cache, to compare."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ def export(model: Any, signature: Signature, task: str, opset: int | None, progr
     """
     ladder = _ladder(task, opset)
     expected = _expectations(model, signature)
+    greedy_tokens = _greedy_tokens(model, signature) if PAST in signature.sample else None
     failures = []
     for rung in ladder:
         progress(f"exporting at opset {rung.opset} with {rung.attention} attention")
@@ -71,6 +80,8 @@ def export(model: Any, signature: Signature, task: str, opset: int | None, progr
                 graph, parameters = _export(model, signature, rung.opset)
             progress("comparing with torch")
             _prove(graph, expected)
+            if greedy_tokens is not None:
+                _prove_tokens(graph, greedy_tokens)
             return Export(graph, Rung(rung.opset, attention), parameters)
         except Exception as error:  # whatever goes wrong inside the exporter, the next rung may do
             failures.append(f"{rung}: {explain(error)}")
@@ -94,7 +105,7 @@ def _ladder(task: str, opset: int | None) -> list[Rung]:
         if opset not in OPSETS:
             raise LlmcError(f"models are exported at opset {OPSETS.start} to {OPSETS[-1]}, not {opset}")
         return [Rung(opset, attention) for attention in (("sdpa", "eager") if opset > 22 else ("eager", "sdpa"))]
-    native = [Rung(24, "sdpa")] if task == "text-generation" else [Rung(23, "sdpa"), Rung(24, "sdpa")]
+    native = [Rung(24, "sdpa")] if task == TEXT_GENERATION else [Rung(23, "sdpa"), Rung(24, "sdpa")]
     return [*native, Rung(20, "eager")]
 
 
@@ -132,6 +143,42 @@ def _prove(graph: Graph, expected: Sequence[tuple[Feeds, dict[str, Array]]]) -> 
                 )
 
 
+@dataclass(frozen=True)
+class _Greedy:
+    """What transformers' `generate` makes of two prompts, the shorter padded on the left."""
+
+    ids: Array
+    mask: Array
+    tokens: Array
+
+
+def _greedy_tokens(model: Any, signature: Signature) -> _Greedy | None:
+    """None for a float16 model: rounding may well turn the order of its best two tokens."""
+    import torch
+
+    if model.dtype != torch.float32:
+        return None
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, signature.bounds["input_ids"], length).tolist() for length in (9, 6)]
+    ids, mask = pad_left(prompts)
+    settings = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "pad_token_id": 0}
+    with quiet(), torch.inference_mode():
+        found = model.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **settings)
+    return _Greedy(ids, mask, found.numpy()[:, ids.shape[1] :])
+
+
+def _prove_tokens(graph: Graph, greedy_tokens: _Greedy) -> None:
+    """The loop around the graph gives the tokens of transformers' own: the cache, positions and masks are right."""
+    session = Session(graph)
+    inputs = [Input(tensor.name, np.dtype(tensor.dtype), tuple(tensor.shape)) for tensor in graph.inputs]
+    decoder = Decoder(inputs, session.outputs, session.run)
+    stream = decoder.generate(greedy_tokens.ids, greedy_tokens.mask, greedy)
+    found = np.stack(list(islice(stream, TOKENS)), axis=1)
+    if not np.array_equal(found, greedy_tokens.tokens):
+        first = int((found != greedy_tokens.tokens).any(axis=0).argmax())
+        raise LlmcError(f"of {TOKENS} greedy tokens, number {first + 1} differs from what transformers generates")
+
+
 @contextmanager
 def _implementations(model: Any, attention: str) -> Iterator[str]:
     """The model with this attention, and experts as plain products; gives the attention that it really has then."""
@@ -153,13 +200,15 @@ def _export(model: Any, signature: Signature, opset: int) -> tuple[Graph, frozen
     feeds = random_feeds(signature.inputs, signature.sample, signature.bounds, np.random.default_rng(0))
     names = list(feeds)
     axes = {
-        variable.name: {axis: size for axis, size in enumerate(variable.shape) if isinstance(size, str)}
+        _parameter(variable.name): {
+            axis: _dynamic(size) for axis, size in enumerate(variable.shape) if isinstance(size, str)
+        }
         for variable in signature.inputs
     }
     with _forward_as(model, signature):
         program = torch.onnx.export(
             model,
-            kwargs={name: torch.from_numpy(array) for name, array in feeds.items()},
+            kwargs={_parameter(name): torch.from_numpy(array) for name, array in feeds.items()},
             dynamo=True,
             opset_version=opset,
             input_names=names,
@@ -174,7 +223,22 @@ def _export(model: Any, signature: Signature, opset: int) -> tuple[Graph, frozen
     written = program.model.opset_imports[""]
     if written != opset:
         raise LlmcError(f"torch.onnx wrote opset {written}")
-    return to_graph(program.model, _parameter_names(model)), parameters
+    graph = to_graph(program.model, _parameter_names(model))
+    for tensor, variable in zip(graph.inputs, signature.inputs, strict=True):
+        tensor.shape = list(variable.shape)
+    return graph, parameters
+
+
+def _dynamic(size: str) -> Any:
+    """How torch.export is told of a symbolic dimension: by its name, or for a sum that it follows from others."""
+    import torch
+
+    return size if size.isidentifier() else torch.export.Dim.DYNAMIC
+
+
+def _parameter(name: str) -> str:
+    """An input's name, as Python allows it for a parameter."""
+    return name.replace(".", "_")
 
 
 @contextmanager
@@ -184,10 +248,11 @@ def _forward_as(model: Any, signature: Signature) -> Iterator[None]:
     names = [variable.name for variable in signature.inputs]
 
     def call(*values: Any, **inputs: Any) -> tuple[Any, ...]:
-        return signature.call(forward, **dict(zip(names, values, strict=False)), **inputs)
+        named = {name: inputs[_parameter(name)] for name in names[len(values) :]}
+        return signature.call(forward, **dict(zip(names, values, strict=False)), **named)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    call.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature([inspect.Parameter(_parameter(name), kind) for name in names])  # type: ignore[attr-defined]
     model.forward = call
     try:
         yield

@@ -44,8 +44,10 @@ def _range(value: object) -> Range:
     if len(sizes) != 3 or not all(type(size) is int for size in sizes):
         raise ValueError("should be one size (8), [min, opt, max], or {min: 1, opt: 8, max: 32}")
     least, best, largest = sizes
-    if not 1 <= least <= best <= largest:
-        raise ValueError(f"sizes must rise from 1: min {least} ≤ opt {best} ≤ max {largest} does not hold")
+    if not 0 <= least <= best <= largest:
+        raise ValueError(f"sizes must rise: 0 ≤ min {least} ≤ opt {best} ≤ max {largest} does not hold")
+    if largest == 0:
+        raise ValueError("the largest size must be at least 1")
     return Range(least, best, largest)
 
 
@@ -68,7 +70,7 @@ def _sm(value: object) -> object:
     return value
 
 
-_SIZE = {"type": "integer", "minimum": 1}
+_SIZE = {"type": "integer", "minimum": 0}
 Sizes = Annotated[
     Range,
     PlainValidator(_range),
@@ -121,6 +123,10 @@ class ModelSection(Section):
 
     task: str | None = Field(None, description="What the model is for ('feature-extraction'); null: inferred from it.")
     opset: int | None = Field(None, ge=17, le=24, description="ONNX opset to export at; null: the loader's choice.")
+    cache: Literal["growing", "none"] = Field(
+        "growing",
+        description="Text generation: whether the graph takes and gives the keys and values of earlier tokens.",
+    )
     dimensions: dict[DimensionName, Sizes] = Field(
         {}, description="Symbolic dimension → its sizes: one size, [min, opt, max], or {min, opt, max}."
     )

@@ -11,6 +11,7 @@ from math import prod
 
 from llmc.passes.base import Context, Skip
 from llmc.passes.graph import Graph, Node, Tensor, copy_graph, infer_shapes, scopes, shape_of
+from llmc.passes.shapes.dimension import size_at
 from llmc.passes.simplify.fold_constants import FoldConstants
 
 Sizes = Mapping[str, int]
@@ -42,8 +43,15 @@ def _at_sizes(graph: Graph, sizes: Sizes) -> Graph:
     for tensor in (*sized.inputs, *sized.outputs, *(t for node in sized.nodes for t in node.outputs)):
         shape = shape_of(tensor)
         if shape is not None:
-            tensor.shape = [sizes.get(size, size) if isinstance(size, str) else size for size in shape]
+            tensor.shape = [_size(size, sizes) for size in shape]
     return sized
+
+
+def _size(size: int | str | None, sizes: Sizes) -> int | str | None:
+    try:
+        return None if size is None else size_at(size, sizes)
+    except KeyError:
+        return size
 
 
 def _fold_shape_arithmetic(graph: Graph) -> None:

@@ -23,6 +23,7 @@ from llmc.passes.graph import (
     scopes,
     shape_of,
 )
+from llmc.passes.shapes.dimension import summands
 
 OPERANDS = {
     "MatMul": 2,
@@ -53,7 +54,8 @@ _DATA_MOVEMENT = {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Id
 
 def graph_report(graph: Graph, sizes: Mapping[str, int] | None = None) -> GraphReport:
     """What `graph` holds; FLOPs with symbolic dimensions at `sizes`. Weights are not loaded."""
-    named = {size for tensor in graph.inputs for size in shape_of(tensor) or () if isinstance(size, str)}
+    declared = {size for tensor in graph.inputs for size in shape_of(tensor) or () if isinstance(size, str)}
+    named = {name for size in declared for name in summands(size)}
     used = {name: size for name, size in sorted((sizes or {}).items()) if name in named}
     flops, uncounted = count_flops(graph, used)
     return GraphReport(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from llmc.compiler.recipe.errors import suggestion
 from llmc.compiler.targets import Profile, Range
 from llmc.passes.graph import Graph, Tensor, shape_of
+from llmc.passes.shapes.dimension import size_at, summands
 
 Shapes = dict[str, tuple[list[int], list[int], list[int]]]
 """Input → its least, optimal and largest shape."""
@@ -42,8 +43,9 @@ def dynamic_dimensions(graph: Graph) -> dict[str, tuple[Tensor, int]]:
     found: dict[str, tuple[Tensor, int]] = {}
     for tensor in graph.inputs:
         for axis, size in enumerate(shape_of(tensor) or ()):
-            if isinstance(size, str):
-                found.setdefault(size, (tensor, axis))
+            for name in summands(size) if isinstance(size, str) else ():
+                if not name.isdecimal():
+                    found.setdefault(name, (tensor, axis))
     return found
 
 
@@ -59,8 +61,7 @@ def input_shapes(graph: Graph, profile: Profile) -> Shapes:
 
 
 def _range(size: int | str | None, profile: Profile) -> Range:
-    if isinstance(size, str):
-        return profile[size]
     if size is None:
         raise ValueError("a dynamic dimension without a name has no sizes")
-    return Range(size, size, size)
+    at = ({name: getattr(sizes, bound) for name, sizes in profile.items()} for bound in ("min", "opt", "max"))
+    return Range(*(size_at(size, sizes) for sizes in at))

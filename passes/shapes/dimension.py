@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 Monomial = tuple[str, ...]
 UNKNOWN = "?"
 """What the names of symbols begin with that stand for a size of which nothing is known."""
+_SUM = re.compile(r"[A-Za-z_]\w*( \+ \w+)+")
+
+
+def summands(size: str) -> list[str]:
+    """The parts of a dimension that an input declares as a sum ('past_sequence + sequence'); of any other, itself."""
+    return size.split(" + ") if _SUM.fullmatch(size) else [size]
+
+
+def size_at(size: int | str, sizes: Mapping[str, int]) -> int:
+    """The number that a declared dimension is where the symbols have these `sizes`. Raises KeyError for one without."""
+    if isinstance(size, int):
+        return size
+    return sum(int(part) if part.isdecimal() else sizes[part] for part in summands(size))
 
 
 @dataclass(frozen=True)
@@ -28,10 +42,8 @@ class Dimension:
     @staticmethod
     def named(name: str) -> Dimension:
         """What a model calls a size: exporters write sums of others as `past_sequence_length + sequence_length`."""
-        parts = name.split(" + ")
-        if not all(part.isidentifier() or part.isdecimal() for part in parts):
-            parts = [name]
-        return reduce(Dimension.__add__, (Dimension.of(int(p) if p.isdecimal() else p) for p in parts))
+        parts = (Dimension.of(int(part) if part.isdecimal() else part) for part in summands(name))
+        return reduce(Dimension.__add__, parts)
 
     @property
     def number(self) -> int | None:

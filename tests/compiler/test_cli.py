@@ -269,7 +269,10 @@ def test_an_interrupt_leaves_nothing(number: int, delay: float, model: Path, rec
 
 def test_help_starts_at_once_and_documents_the_exit_codes() -> None:
     done = llmc("--help", env={**os.environ, "COLUMNS": "200"})
-    assert "0 done, 1 a bug of llmc, 2 bad input, 3 budget broken, 4 the target cannot build it, 130 interrupted" in done.stdout
+    assert (
+        "0 done, 1 a bug of llmc, 2 bad input, 3 budget broken, 4 the target cannot build it, 130 interrupted"
+        in done.stdout
+    )
 
 
 @pytest.mark.parametrize("words", [["passes"], ["passes", "fuse-gelu"], ["doctor"], ["recipe", "list"]])

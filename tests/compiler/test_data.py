@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from llmc.compiler.data import Samples, from_path, generate, index_bounds
+from llmc.compiler.data import Samples, from_path, generate, index_bounds, random_feeds
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.session import Session
-from llmc.passes.graph import Array, Graph
+from llmc.passes.graph import Array, Graph, Variable
 
 GraphParser = Callable[..., Graph]
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "one", "two", "three", "four")
@@ -400,3 +400,30 @@ def test_tables_are_found_behind_moves_and_only_along_their_first_axis(parse: Gr
         }"""
     )
     assert index_bounds(graph) == {"a": 5, "b": 3}
+
+
+def test_a_cache_is_padded_on_the_left_and_positions_go_on_from_it() -> None:
+    inputs = [
+        Variable("input_ids", dtype=np.int64, shape=["batch", "new"]),
+        Variable("position_ids", dtype=np.int64, shape=["batch", "new"]),
+        Variable("attention_mask", dtype=np.int64, shape=["batch", "past + new"]),
+        Variable("past_key_values.0.key", dtype=np.float32, shape=["batch", 2, "past", 4]),
+    ]
+    feeds = random_feeds(inputs, {"batch": 8, "new": 3, "past": 6}, {"input_ids": 9}, np.random.default_rng(0))
+    mask, positions = feeds["attention_mask"], feeds["position_ids"]
+    assert mask.shape == (8, 9)
+    assert feeds["past_key_values.0.key"].shape == (8, 2, 6, 4)
+    assert mask[:, -3:].all(), "a new token is never hidden"
+    assert 0 in mask
+    assert (np.diff(mask, axis=1) >= 0).all(), "zeros stand before ones"
+    np.testing.assert_array_equal(positions, mask.sum(axis=1, keepdims=True) + np.arange(-3, 0))
+
+
+def test_a_text_begins_with_an_empty_cache(tmp_path: Path, parse: GraphParser, tokenizer: Path) -> None:
+    graph = parse("(int64[b,s] input_ids, int64[b,t] attention_mask, float[b,2,p,4] k) => (float y) { y = Relu(k) }")
+    graph.inputs[1].shape = ["b", "p + s"]
+    graph.inputs[2].name = "past_key_values.0.key"
+    (tmp_path / "text.txt").write_text("one two\n", encoding="utf-8")
+    (feeds,) = from_path(tmp_path / "text.txt", graph, tokenizer)
+    assert feeds["past_key_values.0.key"].shape == (1, 2, 0, 4)
+    np.testing.assert_array_equal(feeds["attention_mask"], np.ones((1, 4)))

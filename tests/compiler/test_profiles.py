@@ -96,5 +96,39 @@ def test_inputs_must_agree_about_a_size(parse: Any) -> None:
         sizes_of(graph, {"a": np.zeros(2), "b": np.zeros(3)})
 
 
+SUMMED = """(int64[batch,new] ids, int64[batch,past] mask, float[batch,past] cache) => (float[batch,past] y)
+    { y = Relu(cache) }"""
+
+
+def summed(parse: Any) -> Graph:
+    """A decoder's inputs: the mask covers what is cached and what is new."""
+    graph: Graph = parse(SUMMED)
+    graph.inputs[1].shape = ["batch", "past + new"]
+    return graph
+
+
+def test_a_sum_of_dimensions_is_sized_by_its_parts(tmp_path: Path, parse: Any) -> None:
+    profiles, notes = resolve_profiles(
+        loaded(summed(parse), **{"past + new": 64}), recipe(tmp_path, "model: {dimensions: {batch: 1}}")
+    )
+    assert profiles == [{"batch": Range(1, 1, 1), "new": Range(1, 32, 64), "past": Range(0, 32, 64)}]
+    assert len(notes) == 2
+
+
+def test_a_sum_that_the_model_does_not_allow(tmp_path: Path, parse: Any) -> None:
+    with pytest.raises(LlmcError, match=r"past \+ new is 80 at best, the model allows at most 64"):
+        resolve_profiles(
+            loaded(summed(parse), **{"past + new": 64}),
+            recipe(tmp_path, "model: {dimensions: {past: [0, 64, 64], new: [1, 16, 64]}}"),
+        )
+
+
+def test_sums_must_agree_with_their_parts(parse: Any) -> None:
+    sample = {"ids": np.zeros((2, 3)), "mask": np.zeros((2, 8)), "cache": np.zeros((2, 5))}
+    assert sizes_of(summed(parse), sample) == {"batch": 2, "new": 3, "past": 5}
+    with pytest.raises(LlmcError, match=r"'past \+ new' is 8 in other inputs and 7 in 'mask'"):
+        sizes_of(summed(parse), {**sample, "mask": np.zeros((2, 7))})
+
+
 def test_generated_sizes_are_the_optimum_and_the_least() -> None:
     assert generated_sizes({"n": Range(1, 4, 8)}) == [{"n": 4}, {"n": 1}]

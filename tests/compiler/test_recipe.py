@@ -212,11 +212,11 @@ BAD = [
     ),
     (
         "passes: []\nmodel: {dimensions: {batch: [4, 2, 8]}}",
-        "r.yaml:2: model.dimensions.batch: sizes must rise from 1: min 4 ≤ opt 2 ≤ max 8 does not hold",
+        "r.yaml:2: model.dimensions.batch: sizes must rise: 0 ≤ min 4 ≤ opt 2 ≤ max 8 does not hold",
     ),
     (
         "passes: []\nmodel: {dimensions: {batch: 0}}",
-        "r.yaml:2: model.dimensions.batch: sizes must rise from 1: min 0 ≤ opt 0 ≤ max 0 does not hold",
+        "r.yaml:2: model.dimensions.batch: the largest size must be at least 1",
     ),
     (
         "passes: []\nmodel: {dimensions: {batch: 1}, inputs: {ids: [bacth]}}",
@@ -435,7 +435,7 @@ BAD_SETTINGS = [
     ("verify.samples=[", "--set verify.samples=[: not YAML: expected the node content, but found '<stream end>'"),
     (
         "model.dimensions.batch.max=2",
-        "--set: model.dimensions.batch: sizes must rise from 1: min 1 ≤ opt 8 ≤ max 2 does not hold",
+        "--set: model.dimensions.batch: sizes must rise: 0 ≤ min 1 ≤ opt 8 ≤ max 2 does not hold",
     ),
 ]
 

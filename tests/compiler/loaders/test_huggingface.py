@@ -139,7 +139,7 @@ def loaded_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tup
             make(name, {**CASES, **SLOW_CASES}[name][0]).save_pretrained(folder)
         if "pixel_values" in {**CASES, **SLOW_CASES}[name][2]:
             (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 32}}))
-        return folder, load(str(folder))
+        return folder, load(str(folder), cache="none")
 
     return loaded_case
 

@@ -27,6 +27,15 @@ def test_every_dynamic_input_gets_its_shapes(graph: Graph) -> None:
     }
 
 
+def test_a_sum_has_the_sizes_of_its_parts(parse: Any) -> None:
+    mask = parse("(float[batch,sequence] x, float[batch,4] z) => (float[batch,sequence] y) { y = Relu(x) }")
+    mask.inputs[1].shape = ["batch", "past + sequence"]
+    sizes = {**SIZES, "past": Range(0, 32, 100)}
+    assert not list(profile_problems(mask, [sizes]))
+    assert input_shapes(mask, sizes)["z"] == ([1, 0], [2, 48], [8, 164])
+    assert list(profile_problems(mask, [SIZES])) == ["profile: has no sizes for 'past' (input 'z', axis 1)"]
+
+
 def test_a_static_graph_needs_no_profile(parse: Any) -> None:
     graph = parse("(float[2,4] x) => (float[2,4] y) { y = Relu(x) }")
     assert not list(profile_problems(graph, []))

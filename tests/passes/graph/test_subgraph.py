@@ -89,7 +89,7 @@ def test_weights_are_shared_and_names_types_and_metadata_stay() -> None:
 
 
 @pytest.mark.parametrize("choice", [True, False])
-def test_what_a_subgraph_captures_is_needed(choice: bool, parse: Any, random_feeds: Any) -> None:
+def test_what_a_subgraph_captures_is_needed(choice: bool, parse: Any) -> None:
     graph = parse(BRANCHES)
     feeds = {"q": np.array(choice), "x": np.array([1.0, -2.0], np.float32)}
     part = check_part(graph, feeds, ["q", "a", "b"], ["y"])

@@ -1,0 +1,123 @@
+"""Runs a decoder graph token by token: the prompt at once, then each new token with the cache of those before it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmc.compiler.errors import LlmcError
+from llmc.passes.graph import Array
+
+Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Input name → value in, output name → value out. Values of the cache go from one run to the next as they are."""
+Choose = Callable[[Array], Array]
+"""Logits [batch, vocabulary] → token ids [batch]."""
+LOGITS = "logits"
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a graph."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+
+class Decoder:
+    """A graph with a growing cache: `past_key_values.N.key` in, `present.N.key` out, as optimum and llmc name them.
+
+    Raises LlmcError for a graph that is none.
+    """
+
+    def __init__(self, inputs: Sequence[Input], outputs: Sequence[str], run: Run) -> None:
+        self._inputs = {given.name: given for given in inputs}
+        self._past = {
+            name: f"present.{match[1]}.{match[2]}" for name in self._inputs if (match := _PAST.fullmatch(name))
+        }
+        self._run = run
+        missing = [name for name in ("input_ids", "attention_mask") if name not in self._inputs]
+        missing += [name for name in (LOGITS, *self._past.values()) if name not in outputs]
+        if missing or not self._past:
+            raise LlmcError(
+                f"the graph generates no text: it has no {missing[0] if missing else 'past_key_values.N.key'}; "
+                "give a decoder that was compiled with model.cache: growing"
+            )
+
+    def logits(self, ids: Array, mask: Array | None = None) -> Array:
+        """[batch, length] token ids, from the beginning → [batch, length, vocabulary]."""
+        mask = np.ones_like(ids) if mask is None else mask
+        return np.asarray(self._run(self._feeds(ids, mask, self._empty(len(ids))))[LOGITS])
+
+    def generate(self, ids: Array, mask: Array, choose: Choose) -> Iterator[Array]:
+        """Token after token of each row, [batch], without end.
+
+        `ids` and `mask` are int64 [batch, length]; shorter prompts are padded on the left, where `mask` is 0.
+        """
+        past = self._empty(len(ids))
+        while True:
+            found = self._run(self._feeds(ids, mask, past))
+            tokens = choose(np.asarray(found[LOGITS])[:, -1].astype(np.float32))
+            yield tokens
+            past = {name: found[present] for name, present in self._past.items()}
+            ids = tokens[:, None]
+            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+
+    def _empty(self, batch: int) -> dict[str, Any]:
+        """The cache before the first token."""
+        return {name: self._zeros(self._inputs[name], batch) for name in self._past}
+
+    def _zeros(self, given: Input, batch: int) -> Array:
+        _, heads, _, width = given.shape
+        if not isinstance(heads, int) or not isinstance(width, int):
+            raise LlmcError(
+                f"input '{given.name}' has the shape {list(given.shape)}, without number and width of heads"
+            )
+        return np.zeros((batch, heads, 0, width), given.dtype)
+
+    def _feeds(self, ids: Array, mask: Array, past: Mapping[str, Any]) -> dict[str, Any]:
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        taken = {name: value.astype(self._inputs[name].dtype) for name, value in feeds.items() if name in self._inputs}
+        return taken | dict(past)
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[Array, Array]:
+    """Prompts of different lengths as (ids, mask), both int64 [batch, longest]."""
+    longest = max(map(len, prompts))
+    ids = np.array([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)
+    mask = np.array([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=np.int64)
+    return ids, mask
+
+
+def greedy(logits: Array) -> Array:
+    """The likeliest token of each row: [batch, vocabulary] → int64 [batch]."""
+    tokens: Array = logits.argmax(axis=-1).astype(np.int64)
+    return tokens
+
+
+def sampler(temperature: float, top_k: int | None, top_p: float, seed: int) -> Choose:
+    """Draws tokens: among the `top_k` likeliest, of those the fewest that `top_p` of the probability falls on.
+
+    As Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020). The same seed gives the same tokens.
+    """
+    rng = np.random.default_rng(seed)
+
+    def choose(logits: Array) -> Array:
+        order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
+        scaled = np.take_along_axis(logits, order, axis=-1).astype(np.float64) / temperature
+        probabilities = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
+        before = probabilities.cumsum(axis=-1) - probabilities
+        probabilities = np.where(before < top_p, probabilities, 0.0)
+        cumulative = probabilities.cumsum(axis=-1)
+        drawn = rng.random((len(logits), 1)) * cumulative[:, -1:]
+        picked = (cumulative <= drawn).sum(axis=-1, keepdims=True)
+        return np.take_along_axis(order, picked, axis=-1)[:, 0].astype(np.int64)
+
+    return choose
