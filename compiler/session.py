@@ -12,7 +12,7 @@ import onnx
 from llmc.compiler.half import has_halves, round_halves
 from llmc.passes.base import LlmcError
 from llmc.passes.cache.static_cache import StaticCache
-from llmc.passes.graph import Array, Graph, Weights, to_structure
+from llmc.passes.graph import FOUR_BIT, Array, Graph, Weights, raw_values, to_structure
 
 
 class Session:
@@ -72,8 +72,17 @@ def _ort_values(weights: Mapping[str, Array | Weights]) -> dict[str, Any]:
         array = np.ascontiguousarray(held.load() if isinstance(held, Weights) else held)
         if array.dtype.isbuiltin == 1:
             values[name] = ort.OrtValue.ortvalue_from_numpy(array)
-        else:
-            values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-                array, onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-            )
+            continue
+        dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        if dtype in FOUR_BIT:
+            array = _packed(array, dtype)
+        values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, dtype)
     return values
+
+
+def _packed(array: Array, onnx_dtype: int) -> Array:
+    """4-bit values as ONNX Runtime reads them: two a byte, at the start of an array of the shape that it is told."""
+    packed = np.frombuffer(raw_values(array, onnx_dtype), np.uint8)
+    buffer = np.empty(array.shape, np.uint8)  # what lies behind the values is never touched, and takes no memory
+    buffer.reshape(-1)[: packed.size] = packed
+    return buffer
