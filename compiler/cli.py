@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -27,6 +28,8 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="List, check and describe recipes.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
+caches = typer.Typer(help="See what is cached, and make room.", no_args_is_help=True)
+app.add_typer(caches, name="cache")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[
@@ -189,6 +192,17 @@ def inspect_command(
     _print(found.model_dump(mode="json"), as_json, lambda console: render(found, console))
 
 
+@app.command("check")
+def check_command(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", show_default=False)], as_json: Json = False
+) -> None:
+    """Check that every file of an artifact is as it was written."""
+    from llmc.compiler.artifact import check_artifact
+
+    files = check_artifact(artifact)
+    _print(files, as_json, lambda console: console.print(f"{artifact}: {len(files)} files, all as they were written"))
+
+
 @app.command("doctor")
 def doctor_command(as_json: Json = False) -> None:
     """Say what this machine can build, and what to install for more."""
@@ -232,6 +246,41 @@ def recipe_schema() -> None:
     from llmc.compiler.recipe.schema import schema_text
 
     typer.echo(schema_text(), nl=False)
+
+
+@caches.command("ls")
+def cache_list(as_json: Json = False) -> None:
+    """List what the cache holds, by kind."""
+    from llmc.compiler.cache import collect, open_store
+
+    with open_store() as store:
+        found = collect.survey(store)
+    _print(asdict(found), as_json, lambda console: collect.render(found, console))
+
+
+@caches.command("gc")
+def cache_collect(
+    limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="As in 5GiB.  [default: LLMC_CACHE_LIMIT, or 10GiB]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what was used longest ago, until the rest fits the limit."""
+    _remove_cached(limit, as_json)
+
+
+@caches.command("clear")
+def cache_clear(as_json: Json = False) -> None:
+    """Remove everything that no running compile uses."""
+    _remove_cached("0", as_json)
+
+
+def _remove_cached(limit: str | None, as_json: bool) -> None:
+    from llmc.compiler.cache import collect, limit_of, open_store
+
+    with open_store() as store:
+        removed = collect.collect(store, limit_of(limit, "--limit"))
+    _print(asdict(removed), as_json, lambda console: collect.render_removed(removed, console))
 
 
 def _print(value: object, as_json: bool, render: Callable[[Any], None]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import onnx.parser
@@ -11,6 +13,24 @@ import pytest
 from llmc.passes.graph import Array, Graph, from_model, numpy_dtype, onnx_dtype
 
 GraphParser = Callable[..., Graph]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's own cache is neither read nor written."""
+    place = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMC_CACHE", str(place / "shared"))
+        patch.delenv("LLMC_CACHE_LIMIT", raising=False)
+        yield place
+
+
+@pytest.fixture(autouse=True)
+def own_cache(no_shared_cache: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """Where the cache of this test stands, empty: what a test compiles is compiled."""
+    place = no_shared_cache / hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+    monkeypatch.setenv("LLMC_CACHE", str(place))
+    return place
 
 
 @pytest.fixture(scope="session")

@@ -51,14 +51,17 @@ def _range(value: object) -> Range:
     return Range(least, best, largest)
 
 
-def _bytes(value: object) -> object:
-    """`'2GiB'` → 2147483648; anything that is not text is left to the type check."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", value.strip())
+def byte_count(text: str) -> int:
+    """`'2GiB'` → 2147483648. Raises ValueError for what is no size."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
     if not found or found[2] not in _UNITS:
-        raise ValueError(f"should be a number of bytes, or one with a unit ('512MiB', '2GiB'), got '{value}'")
+        raise ValueError(f"should be a number of bytes, or one with a unit ('512MiB', '2GiB'), got '{text}'")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _bytes(value: object) -> object:
+    """The number of bytes that a text stands for; anything else is left to the type check."""
+    return byte_count(value) if isinstance(value, str) else value
 
 
 def _sm(value: object) -> object:

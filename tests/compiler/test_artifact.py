@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmc.compiler.artifact import artifact, check_place, is_artifact, sha256, write_manifest
+from llmc.compiler.artifact import artifact, check_artifact, check_place, is_artifact, sha256, write_manifest
 from llmc.compiler.errors import LlmcError
 
 
@@ -24,6 +25,24 @@ def test_complete_afterwards(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["files"] == {"a.txt": sha256(tmp_path / "out/a.txt")}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_any_byte_that_changes_in_any_file_is_noticed(tmp_path: Path) -> None:
+    make(tmp_path / "out")
+    assert check_artifact(tmp_path / "out") == ["a.txt", "manifest.json"]
+    for path in (tmp_path / "out").iterdir():
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            for flip in (1, 0x20 ^ 0x0A, 0xFF):  # the second makes white space of white space
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+                with pytest.raises(LlmcError, match=rf"{path.name} is not as it was written|is no artifact of llmc"):
+                    check_artifact(tmp_path / "out")
+        path.write_bytes(whole)
+    (tmp_path / "out/a.txt").rename(tmp_path / "out/b.txt")
+    with pytest.raises(LlmcError) as caught:
+        check_artifact(tmp_path / "out")
+    folder = tmp_path / "out"
+    assert str(caught.value) == f"{folder}: a.txt is missing\n{folder}: b.txt is not of this artifact"
 
 
 def interrupted(output: Path) -> None:
@@ -97,6 +116,53 @@ def test_a_replacement_killed_between_its_two_renames_gives_the_old_one_back(tmp
     with pytest.raises(KeyboardInterrupt):
         interrupted(tmp_path / "out")
     assert (tmp_path / "out/a.txt").read_text() == "old"
+
+
+def test_replaces_in_two_steps_where_the_system_has_no_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmc.compiler.artifact._RENAME_EXCHANGE", 1 << 20)  # unknown flag: EINVAL
+    test_replaces_an_artifact_whole(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_in_the_place_is_replaced_by_force(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with artifact(tmp_path / "out", force=True) as folder:
+        (folder / "a.txt").write_text("x")
+    assert (tmp_path / "out/a.txt").read_text() == "x"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_compiles_of_the_same_output_at_the_same_time(tmp_path: Path) -> None:
+    """Each is whole while it stands; the last to end stays."""
+    code = (
+        "import sys; from pathlib import Path; from llmc.compiler.artifact import artifact, write_manifest\n"
+        "for turn in range(30):\n"
+        "    with artifact(Path(sys.argv[1])) as folder:\n"
+        "        (folder / 'a.txt').write_text(sys.argv[2] * 1000)\n"
+        "        write_manifest(folder, {'llmc': '0'})\n"
+    )
+    program = [sys.executable, "-c", code, str(tmp_path / "out")]
+    running = [subprocess.Popen([*program, name]) for name in "abc"]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    check_artifact(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_process_of_another_container_builds_is_left_alone(tmp_path: Path) -> None:
+    """It has no number here, but it holds its folder."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    theirs = tmp_path / f".out.partial-{process.pid}"
+    theirs.mkdir()
+    held = os.open(theirs, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    make(tmp_path / "out")
+    assert theirs.is_dir()
+    os.close(held)
+    make(tmp_path / "out")
+    assert not theirs.exists()
 
 
 def test_another_compile_of_the_same_output_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Keys: SHA-256 over everything that has a say in a result, the code that computes it included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from pydantic_core import to_jsonable_python
+
+_MENTION = re.compile(r"\bllmc(?:\.\w+)+")
+
+
+def key_of(*parts: object) -> str:
+    """SHA-256 of plain values (and of models, dataclasses and paths in them); equal parts give equal keys."""
+    text = json.dumps(to_jsonable_python(parts), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def code_digest(module: str) -> str:
+    """SHA-256 of the sources of a module of llmc, and of all modules of llmc that it depends on.
+
+    Every name of a module that stands in a source counts, and of a package all modules in its folder: sometimes more
+    than is needed, never less, as imports are absolute.
+    """
+    found: dict[str, Path] = {}
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        for known, path in _sources(name):
+            if known not in found:
+                found[known] = path
+                todo += _MENTION.findall(_read(path).decode())
+    sha = hashlib.sha256(sys.version.encode())
+    for name in sorted(found):
+        sha.update(f"{name} {len(_read(found[name]))}\n".encode())
+        sha.update(_read(found[name]))
+    return sha.hexdigest()
+
+
+@cache
+def _read(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+@cache
+def _sources(name: str) -> tuple[tuple[str, Path], ...]:
+    """(module, file) of a module, of all modules in a package, or of the nearest of its parents that is one."""
+    while name.count("."):
+        try:
+            spec = find_spec(name)
+        except ModuleNotFoundError:  # a name inside a module
+            spec = None
+        if spec is not None and spec.origin is not None:
+            path = Path(spec.origin)
+            files = sorted(path.parent.glob("*.py")) if spec.submodule_search_locations else [path]
+            return tuple((f"{name}.{file.stem}" if len(files) > 1 else name, file) for file in files)
+        name = name.rpartition(".")[0]
+    return ()

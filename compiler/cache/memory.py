@@ -1,0 +1,168 @@
+"""What a compile asks before it computes: results by all that they depend on, and graphs that share their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import onnx
+
+from llmc.compiler.cache.keys import key_of
+from llmc.compiler.cache.store import Record, Store
+from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values
+
+T = TypeVar("T")
+_LOGGER = logging.getLogger("llmc.cache")
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """One large weight: its bytes by their digest, and how they are read."""
+
+    sha256: str
+    dtype: int
+    """ONNX element type."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphRef:
+    """A graph in the cache: the digest of its proto, and its large weights by name."""
+
+    model: str
+    weights: Mapping[str, WeightRef]
+
+    @classmethod
+    def read(cls, value: Mapping[str, Any]) -> GraphRef:
+        """From the plain values that `asdict` gives, as they come back from JSON."""
+        weights = {name: WeightRef(w["sha256"], w["dtype"], tuple(w["shape"])) for name, w in value["weights"].items()}
+        return cls(value["model"], weights)
+
+
+class State:
+    """A graph as it stands between two steps. Read from the cache only where somebody looks at it."""
+
+    def __init__(self, read: Callable[[], Structure], ref: GraphRef | None = None) -> None:
+        self.ref = ref
+        """None where the graph is not in the cache."""
+        self._read = read
+        self._graph: Graph | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the graph, weights included; '' where it is not in the cache."""
+        return key_of(asdict(self.ref)) if self.ref else ""
+
+    @cached_property
+    def structure(self) -> Structure:
+        """The graph as ONNX, its large weights beside it. Raises DamagedError."""
+        return self._read()
+
+    @property
+    def graph(self) -> Graph:
+        """The graph, to be looked at. Made of `structure` every time: what comes next does not depend on the cache."""
+        if self._graph is None:
+            self._graph = from_structure(self.structure)
+        return self._graph
+
+    def take(self) -> Graph:
+        """The graph, to be changed; who asks for it later gets it as it was."""
+        graph, self._graph = self.graph, None
+        return graph
+
+
+class Cache:
+    """Results of earlier compiles. Without a store it knows nothing and keeps nothing."""
+
+    def __init__(self, store: Store | None = None) -> None:
+        self.store = store
+        self._full = store is None
+        self._known: dict[int, tuple[Array | Weights, str]] = {}
+        """id of weights → they (so that the id stays theirs) and the digest of their bytes."""
+        self._origins: dict[WeightRef, Array | Weights] = {}
+        """Weights that stand in the user's own file, which are not kept a second time."""
+
+    # Results
+
+    def find(self, kind: str, *parts: object) -> Record | None:
+        """What was kept for these parts."""
+        return self.store.find(kind, key_of(*parts)) if self.store else None
+
+    def keep(self, kind: str, parts: Sequence[object], value: Mapping[str, Any], blobs: Sequence[str] = ()) -> None:
+        """Keep plain values, which may refer to blobs."""
+        self._write(lambda store: store.keep(kind, key_of(*parts), value, blobs))
+
+    def add_files(self, files: Sequence[Path]) -> dict[str, str] | None:
+        """Keep copies of files: name → digest, or None where they cannot be kept."""
+        return self._write(lambda store: {file.name: store.add_file(file) for file in files})
+
+    # Graphs
+
+    def state(self, structure: Structure, *, stays: bool = False) -> State:
+        """A graph that has just been made, kept where that can be; with `stays` its weights are in the user's file."""
+
+        def write(store: Store) -> State:
+            weights = {name: self._weight(store, held, stays) for name, held in structure.weights.items()}
+            model = store.add([structure.model.SerializeToString(deterministic=True)])
+            return self._state(store, GraphRef(model, weights))
+
+        return self._write(write) or State(lambda: structure)
+
+    def find_state(self, kind: str, *parts: object) -> tuple[Mapping[str, Any], State] | None:
+        """The record that `keep_state` wrote, and its graph."""
+        record = self.find(kind, *parts)
+        if record is None or self.store is None:
+            return None
+        ref = GraphRef.read(record.value["graph"])
+        elsewhere = (w for w in ref.weights.values() if w not in self._origins and w.sha256 not in record.blobs)
+        if not all(self.store.has(weight.sha256) for weight in elsewhere):
+            return None
+        return record.value, self._state(self.store, ref)
+
+    def keep_state(self, kind: str, parts: Sequence[object], value: Mapping[str, Any], state: State) -> None:
+        """Keep plain values together with a graph."""
+        if state.ref is not None:
+            stored = [w.sha256 for w in state.ref.weights.values() if w not in self._origins]
+            self.keep(kind, parts, {**value, "graph": asdict(state.ref)}, [state.ref.model, *stored])
+
+    def _state(self, store: Store, ref: GraphRef) -> State:
+        def read() -> Structure:
+            weights = {name: self._read(store, weight) for name, weight in ref.weights.items()}
+            return Structure(onnx.ModelProto.FromString(store.blob(ref.model).read_bytes()), weights)
+
+        return State(read, ref)
+
+    def _read(self, store: Store, ref: WeightRef) -> Array | Weights:
+        held = self._origins.get(ref)
+        if held is None:
+            held = Weights(ref.dtype, ref.shape, FileRegion(store.blob(ref.sha256), 0))
+            self._known[id(held)] = (held, ref.sha256)
+        return held
+
+    def _weight(self, store: Store, held: Array | Weights, stays: bool) -> WeightRef:
+        dtype = int(onnx.helper.np_dtype_to_tensor_dtype(held.dtype))
+        if id(held) in self._known:
+            return WeightRef(self._known[id(held)][1], dtype, tuple(held.shape))
+        values = raw_values(held, dtype)
+        digest = hashlib.sha256(values).hexdigest() if stays else store.add([values])
+        ref = WeightRef(digest, dtype, tuple(held.shape))
+        if stays:
+            self._known[id(held)] = (held, digest)
+            self._origins[ref] = held
+        return ref
+
+    def _write(self, work: Callable[[Store], T]) -> T | None:
+        """Do what writes to the store; None where that cannot be done, which is said once: a compile needs no cache."""
+        if self.store is None or self._full:
+            return None
+        try:
+            return work(self.store)
+        except OSError as error:
+            self._full = True
+            _LOGGER.warning("nothing more is cached in %s: %s", self.store.root, error.strerror or error)
+            return None
