@@ -12,7 +12,7 @@ import onnx
 from llmc.compiler.half import has_halves, round_halves
 from llmc.passes.base import LlmcError
 from llmc.passes.cache.static_cache import StaticCache
-from llmc.passes.graph import FOUR_BIT, Array, Graph, Weights, raw_values, to_structure
+from llmc.passes.graph import FOUR_BIT, Array, Graph, Weights, numpy_dtype, onnx_dtype, raw_values, to_structure
 
 
 class Session:
@@ -29,6 +29,7 @@ class Session:
         import onnxruntime as ort
 
         self._cache = StaticCache.of(graph)
+        self._types = {tensor.name: numpy_dtype(onnx_dtype(tensor)) for tensor in graph.inputs}
         structure = to_structure(round_halves(graph) if has_halves(graph) else graph)
         present = {info.name for info in structure.model.graph.output}
         structure.model.graph.output.extend(
@@ -54,7 +55,7 @@ class Session:
         """Output name → value. Inputs that the graph does not have (any more) are left out."""
         names = list(outputs) if outputs is not None else self.outputs
         cache = self._cache if self._cache is not None and self._cache.takes(feeds) else None
-        fed = feeds if cache is None else cache.feeds(feeds)
+        fed = feeds if cache is None else cache.feeds(feeds, self._types)
         given = {name: np.ascontiguousarray(fed[name]) for name in self.inputs if name in fed}
         try:
             values = self._session.run(names, given)

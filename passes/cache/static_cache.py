@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -46,14 +47,17 @@ class StaticCache(BaseModel):
         """Whether these are inputs of the growing form: caches as long as they are full, and no length beside them."""
         return self.past_length not in feeds and all(name in feeds for name in self.caches)
 
-    def feeds(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Inputs of the growing form as inputs of the static one. Raises LlmcError where the cache is too short."""
+    def feeds(self, feeds: Mapping[str, Array], types: Mapping[str, Any]) -> dict[str, Array]:
+        """Inputs of the growing form as inputs of the static one, whose caches may be of another of the `types`.
+
+        Raises LlmcError where the cache is too short.
+        """
         total = self._total(feeds)
         if total > self.length:
             raise LlmcError(
                 f"{total} tokens do not fit into the static cache of {self.length}: raise `length` of scatter-kv-cache"
             )
-        padded = {name: _padded(feeds[name], AXIS, self.length) for name in self.caches}
+        padded = {name: _padded(feeds[name], AXIS, self.length).astype(types[name]) for name in self.caches}
         if self.mask is not None:
             padded[self.mask] = _padded(feeds[self.mask], -1, self.length)
         return {**feeds, **padded, self.past_length: np.array(self._past(feeds), np.int64)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import isfinite
 from typing import ClassVar, Literal
 
@@ -72,7 +72,8 @@ class ConvertFp16(Pass):
 
     keep: list[Pattern] = Field([], description=f"Leave these nodes in float32: {LANGUAGE}.")
     inputs_outputs: Literal["keep", "convert"] = Field(
-        "keep", description="Whether inputs and outputs of the graph stay float32 or become float16 too."
+        "keep",
+        description="Whether inputs and outputs of the graph stay float32 or become float16 too; static caches do.",
     )
     margin: float = Field(
         4.0, ge=1, description="Headroom: how many times larger than measured an activation may become."
@@ -97,8 +98,16 @@ class ConvertFp16(Pass):
             if node.op not in MOVE and node.op != "Cast":
                 result.asked[node.name] = "float16"
         if half:
-            Retyping(graph, half, decisions.masks, decisions.misfits, self.inputs_outputs == "convert").run()
+            Retyping(graph, half, decisions.masks, decisions.misfits, self.border(graph, half)).run()
         return result
+
+    def border(self, graph: Graph, half: Collection[int]) -> set[int]:
+        """Ids of the inputs and outputs that become float16 where these nodes do; static caches always do."""
+        if self.inputs_outputs == "convert":
+            return {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
+        scatters = [node for node in graph.nodes if node.op == "TensorScatter" and id(node) in half]
+        ends = {id(tensor) for tensor in (*graph.inputs, *graph.outputs)}
+        return {id(tensor) for node in scatters for tensor in (node.inputs[0], node.outputs[0])} & ends
 
 
 class _Decisions:
@@ -270,8 +279,7 @@ class _Decisions:
     def _moved_in_float32(self, half: set[int]) -> set[int]:
         """Data movement from float32 to float32: converting it would only add Casts."""
         halves: set[int] = set()
-        if self.settings.inputs_outputs == "convert":
-            halves.update(id(t) for t in self.graph.inputs)
+        halves.update(self.settings.border(self.graph, half) & {id(t) for t in self.graph.inputs})
         candidates: set[int] = set()
         for node in self.graph.nodes:
             if id(node) not in half:

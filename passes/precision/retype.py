@@ -31,12 +31,17 @@ class Retyping:
     """One conversion of a graph, in place.
 
     `half`: id of each node that is to compute in float16 → what of it changes. `masks`: ids of those whose numbers
-    below -65504 stand for minus infinity. `misfits`: ids of tensors that float16 cannot hold. `border`: whether
-    inputs and outputs of the graph change too.
+    below -65504 stand for minus infinity. `misfits`: ids of tensors that float16 cannot hold. `border`: ids of the
+    inputs and outputs of the graph that change too.
     """
 
     def __init__(
-        self, graph: Graph, half: Mapping[int, Form], masks: Collection[int], misfits: Collection[int], border: bool
+        self,
+        graph: Graph,
+        half: Mapping[int, Form],
+        masks: Collection[int],
+        misfits: Collection[int],
+        border: Collection[int],
     ) -> None:
         self.graph, self.half, self.masks, self.misfits, self.border = graph, half, masks, misfits, border
         self.given_back = outputs_of_scopes(graph)
@@ -48,15 +53,13 @@ class Retyping:
         self.constants: dict[tuple[int, float], tuple[Constant, Constant]] = {}
 
     def run(self) -> None:
-        if self.border:
-            for tensor in self.graph.inputs:
-                if onnx_dtype(tensor) == FLOAT and id(tensor) not in self.misfits:
-                    self._convert(tensor)
+        for tensor in self.graph.inputs:
+            if id(tensor) in self.border and onnx_dtype(tensor) == FLOAT and id(tensor) not in self.misfits:
+                self._convert(tensor)
         for node in self.graph.nodes:
             if id(node) in self.half:
                 self._retype_results(node, self.half[id(node)])
-        if self.border:
-            self._retype_border()
+        self._retype_border()
         rewire(list(self._edges()))
         self._keep_names()
         placed = self.after[id(self.graph)]
@@ -80,14 +83,14 @@ class Retyping:
             node.attrs["value"] = as_half(value, value.name, self._floor(node))
         for index in form.outputs:
             tensor = node.outputs[index]
-            if id(tensor) in self.given_back and not self.border:
+            if id(tensor) in self.given_back and id(tensor) not in self.border:
                 self._convert(self._cast_back(node, index, FLOAT16))
             else:
                 self._convert(tensor)
 
     def _retype_border(self) -> None:
         """Let float32 results that are outputs of the graph be cast to float16."""
-        for tensor in {id(t): t for t in self.graph.outputs}.values():
+        for tensor in {id(t): t for t in self.graph.outputs if id(t) in self.border}.values():
             if tensor.inputs and onnx_dtype(tensor) == FLOAT and id(tensor) not in self.misfits:
                 node = tensor.inputs[0]
                 self._cast_back(node, next(i for i, t in enumerate(node.outputs) if t is tensor), FLOAT)

@@ -19,6 +19,7 @@ from llmc.passes.cache.static_cache import StaticCache
 from llmc.passes.graph import Array, Graph, copy_graph, infer_shapes, save_model, to_model
 
 LENGTH, BATCH = 7, 2
+TYPES = {"pk": np.float32, "pv": np.float32}
 TOLERANCE = 1e-5
 """float32: sums of a few products of order 1, 2^-24 each, with zeros between them, seen through a Softmax."""
 
@@ -200,7 +201,7 @@ def static(graph: Graph, **settings: Any) -> Graph:
     return changed
 
 
-def close(found: dict[str, Array], expected: dict[str, Array]) -> None:
+def same(found: dict[str, Array], expected: dict[str, Array]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].shape == value.shape
@@ -220,11 +221,11 @@ def test_every_fill_level_gives_what_the_growing_cache_gives(parse: Any, case: s
         for new in range(1, LENGTH - past + 1):
             given = feeds(graph, past, new, rng)
             expected = growing.run(given)
-            close(scattered.run(given), expected)
-            fed = cache.feeds(given)
+            same(scattered.run(given), expected)
+            fed = cache.feeds(given, TYPES)
             for name in cache.caches:  # what stands behind the tokens must not matter
                 fed[name][:, :, past:] = 9 * rng.standard_normal(fed[name][:, :, past:].shape)
-            close(cache.outputs(given, scattered.run(fed)), expected)
+            same(cache.outputs(given, scattered.run(fed)), expected)
 
 
 def test_a_loop_that_hands_the_caches_on_generates_the_same(parse: Any) -> None:
@@ -254,8 +255,8 @@ def test_the_reference_evaluator_agrees(parse: Any) -> None:
     cache = StaticCache.of(changed)
     assert cache is not None
     evaluator = onnx.reference.ReferenceEvaluator(to_model(changed))
-    found = dict(zip(evaluator.output_names, evaluator.run(None, cache.feeds(given)), strict=True))
-    close(cache.outputs(given, found), Session(graph).run(given))
+    found = dict(zip(evaluator.output_names, evaluator.run(None, cache.feeds(given, TYPES)), strict=True))
+    same(cache.outputs(given, found), Session(graph).run(given))
 
 
 @pytest.mark.parametrize("case", LEAVES_ALONE)
@@ -296,10 +297,22 @@ def test_the_names_are_the_recipe_s(parse: Any) -> None:
     assert changed.inputs[3].shape == ["B", LENGTH]
 
 
+def test_in_half_precision_the_caches_are_of_that_type(parse: Any, convert: Any, close: Any) -> None:
+    graph = build(parse, *FIRES["padding, added"])
+    changed, given = static(graph), feeds(graph, 3, 2, np.random.default_rng(3))
+    convert(changed, given)
+    halves = [t.name for t in (*changed.inputs, *changed.outputs) if t.dtype == np.float16]
+    assert halves == ["pk", "pv", "k", "v"]
+    # Of values below 4: the inputs are rounded, then the scores, the weights and the result.
+    close(changed, given, Session(graph).run(given), roundings=8)
+
+
 @pytest.mark.skipif(bool(availability("tensorrt-rtx").missing), reason=availability("tensorrt-rtx").missing)
-@pytest.mark.parametrize("case", ["causal, positions from a range that begins at the past"])
-def test_tensorrt_builds_it(parse: Any, case: str, tmp_path: Path) -> None:
-    graph = static(build(parse, *FIRES[case]))
+@pytest.mark.parametrize("half", [False, True])
+def test_tensorrt_builds_it(parse: Any, convert: Any, half: bool, tmp_path: Path) -> None:
+    graph = static(build(parse, *FIRES["causal, positions from a range that begins at the past"]))
+    if half:
+        convert(graph)
     target, request = TensorRT("tensorrt-rtx"), BuildRequest([{"B": Range(1, 2, 4), "S": Range(1, 2, 4)}], (89,))
     assert target.check(graph, request) == []
     save_model(graph, tmp_path / "model.onnx")
