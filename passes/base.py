@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from llmc.passes.errors import LlmcError as LlmcError
 from llmc.passes.errors import PassError as PassError
 from llmc.passes.errors import Skip as Skip
-from llmc.passes.graph import Array, Graph, Node, infer_shapes, module_of
+from llmc.passes.graph import Array, Graph, Node, infer_missing_shapes, infer_shapes, module_of
 
 Safety = Literal["exact", "tolerance", "lossy"]
 Need = Literal["activations"]
@@ -120,11 +120,13 @@ class Context:
         return True
 
     def infer_shapes(self, graph: Graph) -> None:
-        """`graph.infer_shapes`, done only where a rewrite was taken since it was done last."""
+        """`graph.infer_shapes`; after rewrites of what they have left unknown, and nothing where there were none."""
         last = self.ledger.inferred
-        if last is None or last[0] is not graph or last[1] != self.ledger.taken:
+        if last is None or last[0] is not graph:
             infer_shapes(graph)
-            self.ledger.inferred = (graph, self.ledger.taken)
+        elif last[1] != self.ledger.taken:
+            infer_missing_shapes(graph)
+        self.ledger.inferred = (graph, self.ledger.taken)
 
 
 class Pass(BaseModel, ABC):

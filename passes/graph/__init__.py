@@ -14,11 +14,13 @@ from llmc.passes.graph.edit import constants as constants
 from llmc.passes.graph.edit import fresh_names as fresh_names
 from llmc.passes.graph.edit import load_values as load_values
 from llmc.passes.graph.edit import outputs_of_scopes as outputs_of_scopes
+from llmc.passes.graph.edit import reads as reads
 from llmc.passes.graph.edit import remove_nodes as remove_nodes
 from llmc.passes.graph.edit import replace_uses as replace_uses
 from llmc.passes.graph.edit import rewire as rewire
 from llmc.passes.graph.edit import scopes as scopes
 from llmc.passes.graph.edit import unlink as unlink
+from llmc.passes.graph.inference import infer_missing_shapes as infer_missing_shapes
 from llmc.passes.graph.inference import infer_shapes as infer_shapes
 from llmc.passes.graph.onnx_export import ALIGNMENT as ALIGNMENT
 from llmc.passes.graph.onnx_export import EXTERNAL_FROM as EXTERNAL_FROM
@@ -36,7 +38,6 @@ from llmc.passes.graph.onnx_import import from_structure as from_structure
 from llmc.passes.graph.onnx_import import load_model as load_model
 from llmc.passes.graph.subgraph import extract as extract
 from llmc.passes.graph.subgraph import outer_tensors as outer_tensors
-from llmc.passes.graph.subgraph import reads as reads
 from llmc.passes.graph.tensors import FOUR_BIT as FOUR_BIT
 from llmc.passes.graph.tensors import SMALL as SMALL
 from llmc.passes.graph.tensors import Array as Array

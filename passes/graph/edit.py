@@ -33,6 +33,17 @@ def outputs_of_scopes(graph: Graph) -> set[int]:
     return {id(tensor) for scope in scopes(graph) for tensor in scope.outputs}
 
 
+def reads(node: Node) -> Iterator[Tensor]:
+    """What a node reads: its inputs, and what its subgraphs capture of the scopes around them."""
+    yield from (tensor for tensor in node.inputs if tensor.name)
+    inner = [scope for subgraph in node.subgraphs() for scope in scopes(subgraph)]
+    own = {id(t) for scope in inner for t in (*scope.inputs, *(t for n in scope.nodes for t in n.outputs))}
+    for scope in inner:
+        for tensor in (*(t for n in scope.nodes for t in n.inputs), *scope.outputs):
+            if tensor.name and id(tensor) not in own:
+                yield tensor
+
+
 def load_values(constant: Constant) -> Array:
     """The values; unlike `Constant.values` it does not make the constant hold them in memory from then on."""
     values = constant._values

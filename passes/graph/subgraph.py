@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from llmc.passes.graph.edit import fresh_names, scopes
+from llmc.passes.graph.edit import fresh_names, reads
 from llmc.passes.graph.inference import infer_shapes
 from llmc.passes.graph.onnx_export import to_structure
 from llmc.passes.graph.onnx_import import from_structure
-from llmc.passes.graph.tensors import Constant, Graph, Node, Structure, Tensor, onnx_dtype
+from llmc.passes.graph.tensors import Constant, Graph, Structure, Tensor, onnx_dtype
 
 
 def extract(graph: Graph, inputs: Sequence[str], outputs: Sequence[str]) -> Graph:
@@ -55,17 +55,6 @@ def outer_tensors(graph: Graph) -> dict[str, Tensor]:
         tensors.update((tensor.name, tensor) for tensor in (*node.inputs, *node.outputs) if tensor.name)
     tensors.update((tensor.name, tensor) for tensor in graph.outputs)
     return tensors
-
-
-def reads(node: Node) -> Iterator[Tensor]:
-    """What a node reads: its inputs, and what its subgraphs capture of the scopes around them."""
-    yield from (tensor for tensor in node.inputs if tensor.name)
-    inner = [scope for subgraph in node.subgraphs() for scope in scopes(subgraph)]
-    own = {id(t) for scope in inner for t in (*scope.inputs, *(t for n in scope.nodes for t in n.outputs))}
-    for scope in inner:
-        for tensor in (*(t for n in scope.nodes for t in n.inputs), *scope.outputs):
-            if tensor.name and id(tensor) not in own:
-                yield tensor
 
 
 def _needed(outputs: Iterable[Tensor], cut: Iterable[Tensor]) -> set[int]:
