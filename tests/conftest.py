@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx.parser
@@ -12,6 +14,7 @@ import pytest
 
 from llmc.passes.graph import Array, Graph, from_model, numpy_dtype, onnx_dtype
 
+ASSETS = Path(__file__).parent / "assets"
 GraphParser = Callable[..., Graph]
 
 
@@ -60,3 +63,20 @@ def random_feeds() -> Callable[..., dict[str, Array]]:
         return feeds
 
     return random_feeds
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """A Llama-shape language model of 0.9 M parameters that has learned from Python's documentation: its folder."""
+    return ASSETS / "tiny_llama"
+
+
+@pytest.fixture(scope="session")
+def documentation() -> ModuleType:
+    """The text that `tiny_llama` learned from (`training()`) and has not seen (`held_out()`): tests/assets."""
+    spec = importlib.util.spec_from_file_location("documentation", ASSETS / "documentation.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
