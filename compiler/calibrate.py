@@ -152,8 +152,14 @@ class SampledActivations:
     """
 
     def __init__(
-        self, samples: Iterable[Mapping[str, Array]], source: str = "the calibration data", random: bool = False
+        self,
+        samples: Iterable[Mapping[str, Array]],
+        source: str = "the calibration data",
+        random: bool = False,
+        digest: str | None = None,
     ) -> None:
+        self.digest = digest
+        """Of all that the samples are made of; None where that is not known, and nothing of it can be remembered."""
         self.samples = samples
         self.source = source
         self.warnings: list[str] = []

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from llmc.compiler import data, pipeline, versions
 from llmc.compiler.artifact import artifact, check_place, write_manifest
+from llmc.compiler.cache.keys import key_of
+from llmc.compiler.cache.memory import NOTHING, Memory, open_memory
+from llmc.compiler.cache.store import DamagedError
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.data import Samples
 from llmc.compiler.errors import BudgetError, InternalError, LlmcError, TargetError
@@ -29,13 +32,13 @@ from llmc.compiler.report import (
     Verification,
     write,
 )
-from llmc.compiler.report.statistics import count_operators, graph_report, layer_precision, weights_by_dtype
+from llmc.compiler.report.statistics import graph_report, layer_precision
 from llmc.compiler.session import Session
 from llmc.compiler.targets import BuildRequest, Built, Profile, Progress, Target, resolve
 from llmc.compiler.targets.input_shapes import dynamic_dimensions
 from llmc.compiler.verification import Verifier, breaches
 from llmc.passes.base import Pass, PassResult
-from llmc.passes.graph import Graph, Structure, from_structure, save_model
+from llmc.passes.graph import Graph, Structure, save_model
 
 WIDTHS = ("int4", "int8", "float8_e4m3fn", "bfloat16", "float16", "float32")
 """dtypes from the narrowest: of two passes that ask something of one layer, the narrower one counts."""
@@ -87,6 +90,7 @@ class Run:
     progress: Progress = _quiet
     listeners: Sequence[pipeline.Listener] = ()
     stop_after_rewrite: int | None = None
+    memory: Memory = NOTHING
     steps: list[PassReport] = field(default_factory=list)
     asked: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
@@ -171,26 +175,41 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
     offline: bool = False,
     stop_after_rewrite: int | None = None,
     listeners: Sequence[pipeline.Listener] = (),
+    cached: bool = True,
     progress: Progress = _quiet,
 ) -> Report:
     """Compile `source` as `recipe` says into the directory `output`, which is complete afterwards or absent.
 
-    `listeners` are called with each step, the load first. Raises LlmcError for bad input, BudgetError where a step
-    moved an output too far and InternalError where a pass crashed (the evidence is then in `<output>.failed`),
-    TargetError where the target cannot build the graph.
+    `listeners` are called with each step, the load first. With `cached` nothing is done again that the user's cache
+    holds. Raises LlmcError for bad input, BudgetError where a step moved an output too far and InternalError where a
+    pass crashed (the evidence is then in `<output>.failed`), TargetError where the target cannot build the graph.
     """
-    started = time.perf_counter()
     check_place(output, force=force)
-    made = plan(source, recipe, tokenizer=tokenizer, offline=offline, progress=progress)
+    with open_memory(cached) as memory:
+        while True:
+            with suppress(DamagedError):  # dropped by now: what it held is made anew
+                made = plan(source, recipe, tokenizer=tokenizer, offline=offline, progress=progress)
+                return _run(made, output, force, stop_after_rewrite, listeners, memory, progress)
+
+
+def _run(
+    made: Plan,
+    output: Path,
+    force: bool,
+    stop_after_rewrite: int | None,
+    listeners: Sequence[pipeline.Listener],
+    memory: Memory,
+    progress: Progress,
+) -> Report:
+    started = time.perf_counter() - made.seconds["load"]
     progress("running the source model")
     reference = made.loaded.reference or Session(made.loaded.graph).run
     verifier = Verifier.against(reference, made.verification, made.recipe.verify.metrics)
-    graph = made.loaded.graph
-    loaded = pipeline.loaded(graph)
-    run = Run(made, verifier, loaded.before, output, progress, listeners, stop_after_rewrite)
+    loaded = pipeline.loaded(made.loaded.graph, memory, on_disk=made.loaded.kind == "onnx")
+    run = Run(made, verifier, loaded.before, output, progress, listeners, stop_after_rewrite, memory)
     _record_load(run, loaded)
     try:
-        _run_passes(run, graph)
+        graph = _run_passes(run, loaded).graph
     except pipeline.PassCrash as crash:
         raise _crashed(run, crash) from crash
     with artifact(output, force=force) as folder:
@@ -242,13 +261,13 @@ def _calibration(made: Plan, step: Pass) -> Samples:
 
 def _record_load(run: Run, step: pipeline.Step) -> None:
     """Step 0: the loaded graph against the source model, where the source can be run."""
-    graph = step.graph
-    line = PassReport(index=0, key=step.key, nodes_after=count_operators(graph), weight_bytes_after=_bytes(graph))
+    found = step.end.statistics
+    line = PassReport(index=0, key=step.key, nodes_after=dict(found.operators), weight_bytes_after=found.weight_bytes)
     run.steps.append(line)
     _tell(run, step)
     if run.plan.loaded.reference is not None:
         with run.timed_verification(step):
-            line.numerics = run.verifier.measure(graph)
+            line.numerics = run.verifier.measure(step.graph)
 
 
 def _tell(run: Run, step: pipeline.Step) -> None:
@@ -256,32 +275,32 @@ def _tell(run: Run, step: pipeline.Step) -> None:
         listener(step)
 
 
-def _run_passes(run: Run, graph: Graph) -> None:
+def _run_passes(run: Run, loaded: pipeline.Step) -> pipeline.Step:
+    """Run and verify every pass; the last step."""
     passes = run.plan.recipe.passes
-    activations: dict[str, SampledActivations] = {}
 
     def provider(step: Pass) -> SampledActivations:
         samples = run.plan.calibration[step.key()]
         loud = samples.random and getattr(step, "calibration", None) is not None
-        activations[step.key()] = SampledActivations(samples, samples.name, random=loud)
-        return activations[step.key()]
+        digest = key_of(samples.digest, len(samples), samples.name, loud, loaded.end.digest)
+        return SampledActivations(samples, samples.name, random=loud, digest=digest)
 
     def begin(index: int, step: Pass) -> None:
         run.progress(f"pass {index} of {len(passes)}: {step.key()}")
 
     every = run.plan.recipe.verify.mode == "every-pass"
-    for step in pipeline.run(graph, passes, provider, begin, run.stop_after_rewrite):
+    step = loaded
+    for step in pipeline.run(loaded, passes, provider, begin, run.stop_after_rewrite, run.memory):
         run.plan.seconds[step.label] = step.seconds
         line = _pass_report(step, run.plan.recipe)
         run.steps.append(line)
         _remember_precision(run, step.result)
         _tell(run, step)
-        if step.key in activations:
-            line.warnings += activations[step.key].warnings
         if (every and step.result.rewrites) or (not every and step.index == len(passes)):
             with run.timed_verification(step):
-                line.numerics = run.verifier.measure(graph)
+                line.numerics = run.verifier.measure(step.graph)
             _judge(run, line, step)
+    return step
 
 
 def _judge(run: Run, line: PassReport, step: pipeline.Step) -> None:
@@ -306,7 +325,6 @@ def _judge(run: Run, line: PassReport, step: pipeline.Step) -> None:
 def _crashed(run: Run, crash: pipeline.PassCrash) -> InternalError:
     """The error to end with, once the evidence is kept: the graph before the pass, and the command that runs it."""
     step = crash.step
-    step.graph = from_structure(step.before)
     line = _pass_report(step, run.plan.recipe)
     line.status, line.reason = "crashed", str(crash)
     run.steps.append(line)
@@ -340,18 +358,14 @@ def _pass_report(step: pipeline.Step, recipe: Recipe) -> PassReport:
         status="skipped" if step.skipped else "done",
         reason=step.skipped,
         parameters=written[step.key] if isinstance(written, dict) else {},
-        nodes_before=step.operators_before,
-        nodes_after=count_operators(step.graph),
-        weight_bytes_after=_bytes(step.graph),
+        nodes_before=dict(step.start.statistics.operators),
+        nodes_after=dict(step.end.statistics.operators),
+        weight_bytes_after=step.end.statistics.weight_bytes,
         rewrites=[RewriteLine(**vars(rewrite)) for rewrite in result.rewrites],
         near_misses=[NearMissLine(**vars(miss)) for miss in result.near_misses],
         kept=result.kept,
         warnings=list(result.warnings),
     )
-
-
-def _bytes(graph: Graph) -> int:
-    return sum(weights.bytes for weights in weights_by_dtype(graph).values())
 
 
 # Target and report

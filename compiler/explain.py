@@ -48,7 +48,7 @@ def explain(source: str, key: str, recipe: Recipe) -> Explanation:
     end = keys.index(key) if key in keys else len(keys)
     chosen: Pass = recipe.passes[end] if key in keys else kind()
     first = [step for step in recipe.passes[:end] if not step.needs]
-    *_, last = pipeline.run(load(source).graph, [*first, chosen], lambda _: None)
+    *_, last = pipeline.run(pipeline.loaded(load(source).graph), [*first, chosen], lambda _: None)
     return Explanation(key, tuple(step.key() for step in first), last.result, last.skipped)
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from llmc.compiler.report.statistics import count_operators
-from llmc.passes.base import Activations, Context, Ledger, LlmcError, Pass, PassError, PassResult, Skip
+from llmc.compiler.cache.memory import NOTHING, Memory, State
+from llmc.compiler.cache.passes import Outcome, PassMemory
+from llmc.compiler.calibrate import SampledActivations
+from llmc.passes.base import Context, Ledger, LlmcError, Pass, PassError, PassResult, Skip
 from llmc.passes.graph import Graph, Structure, to_structure
 
-Provider = Callable[[Pass], Activations | None]
+Provider = Callable[[Pass], SampledActivations | None]
 """Gives a pass that needs activations what it needs."""
 
 
@@ -22,14 +24,25 @@ class Step:
 
     index: int
     key: str
-    operators_before: dict[str, int]
-    before: Structure
-    graph: Graph
+    start: State
+    end: State
     result: PassResult = field(default_factory=PassResult)
     skipped: str = ""
     seconds: float = 0.0
     rewrites_before: int = 0
     """Rewrites that the run had done when the pass began."""
+    cached: bool = False
+    """Whether it was found in the cache, not run."""
+
+    @property
+    def before(self) -> Structure:
+        """The graph that the pass was given."""
+        return self.start.structure
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that it left, to be looked at: what a listener changed would be lost."""
+        return self.end.graph
 
     @property
     def label(self) -> str:
@@ -47,70 +60,96 @@ class PassCrash(Exception):  # noqa: N818 - the field's word
     def __init__(self, step: Step, error: Exception) -> None:
         super().__init__(f"pass {step.index}, {step.key}, crashed: {type(error).__name__}: {error}")
         self.step = step
-        """The step as far as it came; its `graph` is in no certain state, its `before` is whole."""
+        """The step as far as it came: its graph is still the one before."""
 
 
-def loaded(graph: Graph) -> Step:
-    """Step 0: nothing has run yet. Raises PassError where the loader left an invalid graph."""
+def loaded(graph: Graph, memory: Memory = NOTHING, *, on_disk: bool = False) -> Step:
+    """Step 0: nothing has run yet. Raises PassError where the loader left an invalid graph.
+
+    `on_disk` says that the weights are in the user's own file, and need no second place in the cache.
+    """
     check_graph(graph, "the loader")
-    return Step(0, "load", {}, to_structure(graph), graph)
+    state = memory.state(to_structure(graph), stays=on_disk)
+    return Step(0, "load", state, state)
 
 
 def run(
-    graph: Graph,
+    first: Step,
     passes: Sequence[Pass],
     provider: Provider,
     begin: Callable[[int, Pass], None] = lambda _index, _pass: None,
     stop_after_rewrite: int | None = None,
+    memory: Memory = NOTHING,
 ) -> Iterator[Step]:
-    """Run `passes` over `graph`, in place; gives a Step after each. Raises what `run_pass` does.
+    """Run `passes` over the graph of step 0; gives a Step after each. Raises what `run_pass` does.
 
     `stop_after_rewrite` ends all rewriting after that number, counted over the whole run.
     """
     ledger = Ledger(stop_after_rewrite)
+    step = first
     for index, step_pass in enumerate(passes, start=1):
         begin(index, step_pass)
-        yield run_pass(graph, index, step_pass, provider, ledger)
+        step = run_pass(step.end, index, step_pass, provider, ledger, memory)
+        yield step
 
 
-def run_pass(graph: Graph, index: int, step_pass: Pass, provider: Provider, ledger: Ledger) -> Step:
-    """Run one pass over `graph`, in place; `ledger` numbers its rewrites and says which to leave out.
+def run_pass(
+    start: State, index: int, step_pass: Pass, provider: Provider, ledger: Ledger, memory: Memory = NOTHING
+) -> Step:
+    """Run one pass, or find what it did in `memory`; `ledger` numbers its rewrites and says which to leave out.
 
     Raises LlmcError for bad input, PassError where the pass meets a graph that breaks ONNX's rules, and PassCrash
     for a bug of the pass.
     """
     started = time.perf_counter()
-    step = Step(index, step_pass.key(), count_operators(graph), to_structure(graph), graph)
-    step.rewrites_before = ledger.taken
+    step = Step(index, step_pass.key(), start, start, rewrites_before=ledger.taken)
     activations = provider(step_pass) if "activations" in step_pass.needs else None
-    _run(step, step_pass, Context(ledger, activations))
+    remembered = PassMemory(memory, start, step_pass, ledger, activations.digest if activations else "")
+    outcome = remembered.find()
+    if outcome is not None:
+        step.result, step.skipped, step.end, step.cached = outcome.result, outcome.skipped, outcome.after, True
+    else:
+        _run(step, step_pass, Context(ledger, activations), memory)
+        if activations:
+            step.result.warnings += activations.warnings
+        remembered.keep(Outcome(step.result, step.skipped, step.end))
     step.seconds = time.perf_counter() - started
     return step
 
 
-def _run(step: Step, step_pass: Pass, context: Context) -> None:
+def _run(step: Step, step_pass: Pass, context: Context, memory: Memory) -> None:
+    ledger, since = context.ledger, step.start.since_inference
+    graph = step.start.take()
+    ledger.inferred = None if since is None else (graph, ledger.taken - since)
     try:
-        step.result = step_pass.run(step.graph, context)
+        step.result = step_pass.run(graph, context)
     except Skip as skip:
         step.skipped = str(skip)
     except (LlmcError, PassError):
         raise
     except Exception as error:
         raise PassCrash(step, error) from error
+    structure = to_structure(graph)
     if step.result.rewrites:
         try:
-            check_graph(step.graph, step.key)
+            _check(structure, step.key)
         except PassError as error:
             raise PassCrash(step, error) from error
+    if not step.start.still(graph, structure):
+        step.end = memory.state(structure)
+    step.end.since_inference = None if ledger.inferred is None else ledger.taken - ledger.inferred[1]
 
 
 def check_graph(graph: Graph, key: str) -> None:
-    """Raises PassError where `graph` is not valid ONNX; the message names the step `key` that left it so.
+    """Raises PassError where `graph` is not valid ONNX; the message names the step `key` that left it so."""
+    _check(to_structure(graph), key)
 
-    Large weights are declared as inputs for the check: it needs their types, not their values.
-    """
-    structure = to_structure(graph)
-    proto = structure.model.graph
+
+def _check(structure: Structure, key: str) -> None:
+    """Large weights are declared as inputs for the check: it needs their types, not their values."""
+    model = onnx.ModelProto()
+    model.CopyFrom(structure.model)
+    proto = model.graph
     inline = [tensor for tensor in proto.initializer if tensor.name not in structure.weights]
     for tensor in proto.initializer:
         if tensor.name in structure.weights:
@@ -118,6 +157,6 @@ def check_graph(graph: Graph, key: str) -> None:
     del proto.initializer[:]
     proto.initializer.extend(inline)
     try:
-        onnx.checker.check_model(structure.model)
+        onnx.checker.check_model(model)
     except onnx.checker.ValidationError as error:
         raise PassError(f"{key} left an invalid graph: {error}") from error

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from pydantic_core import to_jsonable_python
+
+from llmc.compiler import versions
 
 _MENTION = re.compile(r"\bllmc(?:\.\w+)+")
 
@@ -19,6 +23,12 @@ def key_of(*parts: object) -> str:
     """SHA-256 of plain values (and of models, dataclasses and paths in them); equal parts give equal keys."""
     text = json.dumps(to_jsonable_python(parts), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def environment(kind: str = "onnx") -> Mapping[str, str]:
+    """What has a say in every result beside llmc's own code: versions of packages, and the kind of processor."""
+    return {**versions.collect(kind, {}), "machine": platform.machine()}
 
 
 @cache

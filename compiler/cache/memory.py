@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any, TypeVar
 
 import onnx
 
+from llmc.compiler.cache import limit_of, place
+from llmc.compiler.cache.collect import collect
 from llmc.compiler.cache.keys import key_of
 from llmc.compiler.cache.store import Record, Store
+from llmc.compiler.report.statistics import count_operators, weights_by_dtype
 from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values
 
 T = TypeVar("T")
@@ -44,14 +48,33 @@ class GraphRef:
         return cls(value["model"], weights)
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What reports say of every graph on the way."""
+
+    operators: Mapping[str, int]
+    """Operator → count."""
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, graph: Graph) -> Statistics:
+        """Count."""
+        return cls(count_operators(graph), sum(weights.bytes for weights in weights_by_dtype(graph).values()))
+
+
 class State:
     """A graph as it stands between two steps. Read from the cache only where somebody looks at it."""
 
-    def __init__(self, read: Callable[[], Structure], ref: GraphRef | None = None) -> None:
+    def __init__(
+        self, read: Callable[[], Structure], ref: GraphRef | None = None, statistics: Statistics | None = None
+    ) -> None:
         self.ref = ref
         """None where the graph is not in the cache."""
         self._read = read
         self._graph: Graph | None = None
+        self._statistics = statistics
+        self.since_inference: int | None = None
+        """Rewrites since shapes were inferred; None where they never were."""
 
     @cached_property
     def digest(self) -> str:
@@ -70,13 +93,31 @@ class State:
             self._graph = from_structure(self.structure)
         return self._graph
 
+    @property
+    def statistics(self) -> Statistics:
+        """What the graph has; known without looking at one from the cache."""
+        if self._statistics is None:
+            self._statistics = Statistics.of(self.graph)
+        return self._statistics
+
     def take(self) -> Graph:
         """The graph, to be changed; who asks for it later gets it as it was."""
         graph, self._graph = self.graph, None
         return graph
 
+    def still(self, graph: Graph, structure: Structure) -> bool:
+        """Whether what was taken, `structure` by now, is as it was; then it is put back."""
+        before = self.structure
+        same = before.weights.keys() == structure.weights.keys() and all(
+            structure.weights[name] is held for name, held in before.weights.items()
+        )
+        if not same or _bytes(before.model) != _bytes(structure.model):
+            return False
+        self._graph = graph
+        return True
 
-class Cache:
+
+class Memory:
     """Results of earlier compiles. Without a store it knows nothing and keeps nothing."""
 
     def __init__(self, store: Store | None = None) -> None:
@@ -91,11 +132,11 @@ class Cache:
 
     def find(self, kind: str, *parts: object) -> Record | None:
         """What was kept for these parts."""
-        return self.store.find(kind, key_of(*parts)) if self.store else None
+        return self.store.find(kind, key_of(kind, *parts)) if self.store else None
 
     def keep(self, kind: str, parts: Sequence[object], value: Mapping[str, Any], blobs: Sequence[str] = ()) -> None:
         """Keep plain values, which may refer to blobs."""
-        self._write(lambda store: store.keep(kind, key_of(*parts), value, blobs))
+        self._write(lambda store: store.keep(kind, key_of(kind, *parts), value, blobs))
 
     def add_files(self, files: Sequence[Path]) -> dict[str, str] | None:
         """Keep copies of files: name → digest, or None where they cannot be kept."""
@@ -108,7 +149,7 @@ class Cache:
 
         def write(store: Store) -> State:
             weights = {name: self._weight(store, held, stays) for name, held in structure.weights.items()}
-            model = store.add([structure.model.SerializeToString(deterministic=True)])
+            model = store.add([_bytes(structure.model)])
             return self._state(store, GraphRef(model, weights))
 
         return self._write(write) or State(lambda: structure)
@@ -122,20 +163,27 @@ class Cache:
         elsewhere = (w for w in ref.weights.values() if w not in self._origins and w.sha256 not in record.blobs)
         if not all(self.store.has(weight.sha256) for weight in elsewhere):
             return None
-        return record.value, self._state(self.store, ref)
+        state = self._state(self.store, ref, Statistics(**record.value["statistics"]))
+        state.since_inference = record.value["since_inference"]
+        return record.value, state
 
     def keep_state(self, kind: str, parts: Sequence[object], value: Mapping[str, Any], state: State) -> None:
         """Keep plain values together with a graph."""
         if state.ref is not None:
             stored = [w.sha256 for w in state.ref.weights.values() if w not in self._origins]
-            self.keep(kind, parts, {**value, "graph": asdict(state.ref)}, [state.ref.model, *stored])
+            about = {
+                "graph": asdict(state.ref),
+                "statistics": asdict(state.statistics),
+                "since_inference": state.since_inference,
+            }
+            self.keep(kind, parts, {**value, **about}, [state.ref.model, *stored])
 
-    def _state(self, store: Store, ref: GraphRef) -> State:
+    def _state(self, store: Store, ref: GraphRef, statistics: Statistics | None = None) -> State:
         def read() -> Structure:
             weights = {name: self._read(store, weight) for name, weight in ref.weights.items()}
             return Structure(onnx.ModelProto.FromString(store.blob(ref.model).read_bytes()), weights)
 
-        return State(read, ref)
+        return State(read, ref, statistics)
 
     def _read(self, store: Store, ref: WeightRef) -> Array | Weights:
         held = self._origins.get(ref)
@@ -166,3 +214,32 @@ class Cache:
             self._full = True
             _LOGGER.warning("nothing more is cached in %s: %s", self.store.root, error.strerror or error)
             return None
+
+
+def _bytes(model: onnx.ModelProto) -> bytes:
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+NOTHING = Memory()
+"""Remembers nothing."""
+
+
+@contextmanager
+def open_memory(wanted: bool = True) -> Iterator[Memory]:
+    """The user's cache, for one compile; cut to its limit afterwards. Where it cannot be used, that is said once."""
+    if not wanted:
+        yield NOTHING
+        return
+    store = Store(place(), limit_of())
+    try:
+        store.open()
+    except OSError as error:
+        _LOGGER.warning("the cache at %s is not used: %s", store.root, error.strerror)
+        yield NOTHING
+        return
+    try:
+        yield Memory(store)
+    finally:
+        store.close()
+        if store.written:
+            collect(store, store.limit)

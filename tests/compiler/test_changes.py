@@ -121,7 +121,7 @@ def printed(graph: Graph, *, colour: bool = False) -> str:
     stream = io.StringIO()
     printer = ChangePrinter(Console(file=stream, force_terminal=colour, color_system="standard" if colour else None))
     printer(pipeline.loaded(graph))
-    for step in pipeline.run(graph, [FuseGelu(), EliminateDead()], lambda _: None):
+    for step in pipeline.run(pipeline.loaded(graph), [FuseGelu(), EliminateDead()], lambda _: None):
         printer(step)
     return stream.getvalue()
 

@@ -38,11 +38,10 @@ def graph(parse: Any) -> Graph:
 def dumped(graph: Graph, dump: PassDump) -> list[onnx.ModelProto]:
     """Run the passes with the dump listening; every graph as it was, weights inside."""
     graphs = []
-    dump(pipeline.loaded(graph))
-    graphs.append(to_model(copy_graph(graph)))
-    for step in pipeline.run(graph, PASSES, lambda _: None):
+    loaded = pipeline.loaded(graph)
+    for step in (loaded, *pipeline.run(loaded, PASSES, lambda _: None)):
         dump(step)
-        graphs.append(to_model(copy_graph(graph)))
+        graphs.append(to_model(copy_graph(step.graph)))
     return graphs
 
 

@@ -59,38 +59,42 @@ class Refuses(Pass):
 
 def test_one_step_a_pass_in_recipe_order(parse: Any) -> None:
     graph = parse(TWO_GELUS)
-    steps = list(pipeline.run(graph, [FuseGelu(), EliminateDead()], lambda _: None))
+    steps = list(pipeline.run(pipeline.loaded(graph), [FuseGelu(), EliminateDead()], lambda _: None))
     assert [(s.index, s.key) for s in steps] == [(1, "fuse-gelu"), (2, "eliminate-dead")]
     assert [r.number for s in steps for r in s.result.rewrites] == [1, 2, 3]
-    assert steps[0].operators_before["Erf"] == 2
-    assert [n.op for n in graph.nodes] == ["Gelu", "Gelu"]
+    assert steps[0].start.statistics.operators["Erf"] == 2
+    assert [n.op for n in steps[-1].graph.nodes] == ["Gelu", "Gelu"]
 
 
 def test_the_graph_before_a_step_is_kept_as_it_was(parse: Any) -> None:
     graph = parse(TWO_GELUS)
-    (step,) = pipeline.run(graph, [FuseGelu()], lambda _: None)
+    (step,) = pipeline.run(pipeline.loaded(graph), [FuseGelu()], lambda _: None)
     assert [n.op for n in from_structure(step.before).nodes].count("Erf") == 2
 
 
 @pytest.mark.parametrize("last", [0, 1, 2, 3])
 def test_a_run_stops_after_any_rewrite(last: int, parse: Any) -> None:
-    steps = list(pipeline.run(parse(TWO_GELUS), [FuseGelu(), EliminateDead()], lambda _: None, stop_after_rewrite=last))
+    steps = list(
+        pipeline.run(
+            pipeline.loaded(parse(TWO_GELUS)), [FuseGelu(), EliminateDead()], lambda _: None, stop_after_rewrite=last
+        )
+    )
     assert [r.number for s in steps for r in s.result.rewrites] == list(range(1, last + 1))
 
 
 def test_a_pass_that_does_not_apply_says_why(parse: Any) -> None:
-    (step,) = pipeline.run(parse(TWO_GELUS), [Declines()], lambda _: None)
+    (step,) = pipeline.run(pipeline.loaded(parse(TWO_GELUS)), [Declines()], lambda _: None)
     assert step.skipped == "nothing for it in 11 nodes"
 
 
 def test_an_invalid_graph_is_caught_and_the_pass_named(parse: Any) -> None:
     with pytest.raises(pipeline.PassCrash, match="pass 1, breaks, crashed: PassError: breaks left an invalid graph"):
-        list(pipeline.run(parse(TWO_GELUS), [Breaks()], lambda _: None))
+        list(pipeline.run(pipeline.loaded(parse(TWO_GELUS)), [Breaks()], lambda _: None))
 
 
 def test_a_crash_has_the_graph_before_the_pass_and_the_cause(parse: Any) -> None:
     with pytest.raises(pipeline.PassCrash) as crash:
-        list(pipeline.run(parse(TWO_GELUS), [FuseGelu(), Raises()], lambda _: None))
+        list(pipeline.run(pipeline.loaded(parse(TWO_GELUS)), [FuseGelu(), Raises()], lambda _: None))
     assert isinstance(crash.value.__cause__, ZeroDivisionError)
     step = crash.value.step
     assert (step.index, step.key, step.rewrites_before) == (2, "raises", 2)
@@ -99,7 +103,7 @@ def test_a_crash_has_the_graph_before_the_pass_and_the_cause(parse: Any) -> None
 
 def test_bad_input_is_no_crash(parse: Any) -> None:
     with pytest.raises(LlmcError, match="give it more"):
-        list(pipeline.run(parse(TWO_GELUS), [Refuses()], lambda _: None))
+        list(pipeline.run(pipeline.loaded(parse(TWO_GELUS)), [Refuses()], lambda _: None))
 
 
 def test_the_load_is_step_0(parse: Any) -> None:
