@@ -177,6 +177,53 @@ def explain_command(
     _print(found.as_json(), as_json, lambda console: render(found, console))
 
 
+@app.command("generate")
+def generate_command(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="Of a decoder; or its ONNX file.", show_default=False)
+    ],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to go on from.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A prompt a line, answered side by side.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--tokens", "-n", min=1, help="The most new tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; more draws more freely.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the K likeliest tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw among the fewest tokens of this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave the model's chat template out.")] = False,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="In place of the artifact's own.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text with a compiled decoder, in ONNX Runtime."""
+    from llmc.compiler.generation.choosing import greedy, sampler
+    from llmc.compiler.generation.generate import open_generator, read_prompts, render
+    from llmc.passes.errors import LlmcError
+
+    if (prompt is None) == (prompts is None):
+        raise LlmcError("give one of --prompt TEXT and --prompts FILE")
+    texts = [prompt] if prompt is not None else read_prompts(prompts or Path())
+    choose = sampler(temperature, top_k, top_p, seed) if temperature else greedy
+    with _progress() as progress:
+        progress("loading the model")
+        generator = open_generator(artifact, tokenizer=tokenizer, limit=limit, raw=raw, choose=choose)
+    if as_json or prompts is not None:
+        with _progress() as progress:
+            progress("generating")
+            answers = generator.answers(texts)
+        found = [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
+        _print(found, as_json, lambda console: render(found, console))
+    else:
+        for piece in generator.stream(texts[0]):
+            typer.echo(piece, nl=False)
+        typer.echo()
+    typer.echo(str(generator.speed), err=True)
+
+
 @app.command("inspect")
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="MODEL|ENGINE|ARTIFACT", show_default=False)],

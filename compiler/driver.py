@@ -18,7 +18,9 @@ from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.data import Samples
 from llmc.compiler.errors import BudgetError, InternalError, LlmcError, TargetError
 from llmc.compiler.evidence import Given, evidence_place, keep_breach, keep_crash
+from llmc.compiler.generation.tokenizer import copy_tokenizer
 from llmc.compiler.loaders import Loaded, load
+from llmc.compiler.loaders.tasks import TEXT_GENERATION
 from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import (
@@ -220,6 +222,8 @@ def _run(
         report = _report(run, graph, _target_report(made, built, folder))
         report.timings.total = time.perf_counter() - started
         write(report, folder)
+        if made.loaded.task == TEXT_GENERATION and made.loaded.tokenizer is not None:
+            copy_tokenizer(made.loaded.tokenizer, folder)
         (folder / "recipe.yaml").write_text(made.recipe.resolved_yaml(), encoding="utf-8")
         write_manifest(folder, _about(made))
     return report

@@ -15,7 +15,8 @@ import numpy as np
 
 from llmc.compiler.data import random_feeds
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.generation import Decoder, Input, greedy, pad_left
+from llmc.compiler.generation.choosing import greedy
+from llmc.compiler.generation.decoder import Decoder, Input, pad_left
 from llmc.compiler.loaders import Feeds, Progress
 from llmc.compiler.loaders.key_values import PAST
 from llmc.compiler.loaders.quiet import quiet
@@ -161,9 +162,14 @@ def _greedy_tokens(model: Any, signature: Signature) -> _Greedy | None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, signature.bounds["input_ids"], length).tolist() for length in (9, 6)]
     ids, mask = pad_left(prompts)
-    settings = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "pad_token_id": 0}
-    with quiet(), torch.inference_mode():
-        found = model.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **settings)
+    settings = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 0}
+    ends = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = None  # no answer ends before its last token
+    try:
+        with quiet(), torch.inference_mode():
+            found = model.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **settings)
+    finally:
+        model.generation_config.eos_token_id = ends
     return _Greedy(ids, mask, found.numpy()[:, ids.shape[1] :])
 
 

@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.generation import Decoder, Input, greedy, pad_left
+from llmc.compiler.generation.choosing import greedy
+from llmc.compiler.generation.decoder import Decoder, Input, pad_left
 from llmc.compiler.loaders import Loaded, load
 from llmc.compiler.loaders.quiet import quiet
 from llmc.passes.graph import Array, shape_of, to_model
@@ -79,9 +80,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[An
         folder = tmp_path_factory.mktemp(name)
         torch.manual_seed(0)
         with quiet():
-            model = model_class(model_class.config_class(**{**FAMILIES, **SLOW_FAMILIES}[name])).eval()
+            settings = {**FAMILIES, **SLOW_FAMILIES}[name]
+            model = model_class(model_class.config_class(**settings, tie_word_embeddings=False)).eval()
             for parameter in model.parameters():  # as initialized, logits hardly differ, and tokens do not vary
-                parameter.data.mul_(3.0)
+                if parameter.ndim > 1:
+                    parameter.data.normal_(0.0, 0.25)
+            model.generation_config.eos_token_id = None  # no answer ends before its last token
             model.save_pretrained(folder)
         return model, load(str(folder))
 
@@ -96,7 +100,7 @@ def decoder(loaded: Loaded) -> Decoder:
 
 
 def generated(model: Any, ids: Array, mask: Array) -> Array:
-    settings = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "pad_token_id": 0}
+    settings = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 0}
     with quiet(), torch.inference_mode():
         found = model.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **settings)
     tokens: Array = found.numpy()[:, ids.shape[1] :]
@@ -110,7 +114,7 @@ def test_greedy_tokens(family: Callable[[str], tuple[Any, Loaded]], name: str, l
     rng = np.random.default_rng(3)
     ids, mask = pad_left([rng.integers(2, 99, length).tolist() for length in lengths])
     expected = generated(model, ids, mask)
-    assert len(np.unique(expected)) > 8, "tokens that hardly vary show nothing"
+    assert len(np.unique(expected)) > 4, "tokens that hardly vary show nothing"
     found = np.stack(list(islice(decoder(loaded).generate(ids, mask, greedy), TOKENS)), axis=1)
     np.testing.assert_array_equal(found, expected)
 

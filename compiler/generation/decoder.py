@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.generation.choosing import Choose
 from llmc.passes.graph import Array
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Input name → value in, output name → value out. Values of the cache go from one run to the next as they are."""
-Choose = Callable[[Array], Array]
-"""Logits [batch, vocabulary] → token ids [batch]."""
 LOGITS = "logits"
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
@@ -93,31 +92,3 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[Array, Arr
     ids = np.array([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], dtype=np.int64)
     mask = np.array([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], dtype=np.int64)
     return ids, mask
-
-
-def greedy(logits: Array) -> Array:
-    """The likeliest token of each row: [batch, vocabulary] → int64 [batch]."""
-    tokens: Array = logits.argmax(axis=-1).astype(np.int64)
-    return tokens
-
-
-def sampler(temperature: float, top_k: int | None, top_p: float, seed: int) -> Choose:
-    """Draws tokens: among the `top_k` likeliest, of those the fewest that `top_p` of the probability falls on.
-
-    As Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020). The same seed gives the same tokens.
-    """
-    rng = np.random.default_rng(seed)
-
-    def choose(logits: Array) -> Array:
-        order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]
-        scaled = np.take_along_axis(logits, order, axis=-1).astype(np.float64) / temperature
-        probabilities = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-        probabilities /= probabilities.sum(axis=-1, keepdims=True)
-        before = probabilities.cumsum(axis=-1) - probabilities
-        probabilities = np.where(before < top_p, probabilities, 0.0)
-        cumulative = probabilities.cumsum(axis=-1)
-        drawn = rng.random((len(logits), 1)) * cumulative[:, -1:]
-        picked = (cumulative <= drawn).sum(axis=-1, keepdims=True)
-        return np.take_along_axis(order, picked, axis=-1)[:, 0].astype(np.int64)
-
-    return choose

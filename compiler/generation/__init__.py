@@ -1,0 +1,1 @@
+"""Text from a decoder: prompts in, tokens out."""

@@ -1,0 +1,65 @@
+"""The decoder of an artifact, run by ONNX Runtime at full speed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from llmc.compiler.errors import LlmcError
+from llmc.compiler.generation.decoder import Decoder, Input
+from llmc.passes.cache.static_cache import KEY, StaticCache
+
+
+def open_decoder(model: Path) -> Decoder:
+    """The decoder in an ONNX file. Raises LlmcError where it is none, or cannot run on this machine."""
+    import onnxruntime as ort
+
+    if not model.is_file():
+        raise LlmcError(f"{model} does not exist; give an artifact that llmc compiled, or an ONNX file")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors are raised: said once
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    try:
+        session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+        raise LlmcError(f"ONNX Runtime cannot run {model}: {error}") from error
+    inputs = [Input(given.name, _dtype(given.type), tuple(given.shape)) for given in session.get_inputs()]
+    types = {given.name: given.dtype for given in inputs}
+    names = [output.name for output in session.get_outputs()]
+    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    static = None if text is None else StaticCache.model_validate_json(text)
+
+    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of a growing cache stay with ONNX Runtime between runs, and are not copied."""
+        given = {name: _ort_value(value) for name, value in feeds.items()}
+        return dict(zip(names, session.run_with_ort_values(names, given), strict=True))
+
+    def run_static(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        assert static is not None
+        given = {name: np.asarray(value) for name, value in feeds.items()}
+        return static.outputs(given, dict(zip(names, session.run(names, static.feeds(given, types)), strict=True)))
+
+    if static is None:
+        return Decoder(inputs, names, run)
+    return Decoder([given for given in inputs if given.name != static.past_length], names, run_static)
+
+
+def _ort_value(value: Any) -> Any:
+    import onnxruntime as ort
+
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.isbuiltin == 1:
+        return ort.OrtValue.ortvalue_from_numpy(value)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(value, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    """'tensor(float16)' → float16."""
+    kind = name.removeprefix("tensor(").removesuffix(")")
+    return np.dtype({"float": "float32", "double": "float64"}.get(kind, kind))
