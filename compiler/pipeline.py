@@ -12,7 +12,7 @@ from llmc.compiler.cache.memory import NOTHING, Memory, State
 from llmc.compiler.cache.passes import Outcome, PassMemory
 from llmc.compiler.calibrate import SampledActivations
 from llmc.passes.base import Context, Ledger, LlmcError, Pass, PassError, PassResult, Skip
-from llmc.passes.graph import Graph, Structure, to_structure
+from llmc.passes.graph import Graph, Structure, collector_paused, to_structure
 
 Provider = Callable[[Pass], SampledActivations | None]
 """Gives a pass that needs activations what it needs."""
@@ -122,7 +122,8 @@ def _run(step: Step, step_pass: Pass, context: Context, memory: Memory) -> None:
     graph = step.start.take()
     ledger.inferred = None if since is None else (graph, ledger.taken - since)
     try:
-        step.result = step_pass.run(graph, context)
+        with collector_paused():
+            step.result = step_pass.run(graph, context)
     except Skip as skip:
         step.skipped = str(skip)
     except (LlmcError, PassError):

@@ -7,6 +7,7 @@ on graphsurgeon's classes.
 
 from __future__ import annotations
 
+from llmc.passes.graph.collector import collector_paused as collector_paused
 from llmc.passes.graph.edit import constant_bytes as constant_bytes
 from llmc.passes.graph.edit import constant_source as constant_source
 from llmc.passes.graph.edit import constant_value as constant_value

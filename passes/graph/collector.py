@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No cyclic garbage collection inside: while a graph is built it finds nothing, and takes half of the time."""
+    """No cyclic garbage collection inside: while graphs are built and rewritten it finds little, and takes long."""
     running = gc.isenabled()
     gc.disable()
     try:
