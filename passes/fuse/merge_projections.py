@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from llmc.passes.base import Context, NearMiss, Pass, PassResult
+from llmc.passes.fuse.split_heads import HeadSplitter, NotSplitError
 from llmc.passes.graph import (
     Constant,
     Derived,
@@ -28,7 +29,10 @@ from llmc.passes.match import called
 from llmc.passes.pattern import Builder
 from llmc.passes.placement import Placement
 from llmc.passes.rewrite import merged_metadata
+from llmc.passes.shapes.dimensions import Dimensions
 
+CACHES = {"Concat", "TensorScatter"}
+"""Operators that put new keys or values, their second input, behind those of before."""
 PASSED = {"Identity", "LayerNormalization", "RMSNormalization", "Reshape", "RotaryEmbedding", "Transpose"}
 """Operators between a projection and the Attention that it is for."""
 NAMES = ("queries", "keys", "values")
@@ -66,6 +70,10 @@ class MergeProjections(Pass):
     weights are put together when they are read, so that they take no memory. Left alone: weights that others read
     too, quantized ones, and products that are used without their bias.
 
+    Where each part of a Split [b, s, h·d] goes through a Reshape and a Transpose to heads [b, h, s, d], which a cache
+    of keys and values needs, these come first, once for all: x [b, s, Σ h·d] →
+    `Split(Transpose(Reshape(x, [0, 0, Σ h, d]), [0, 2, 1, 3]), axis=1)`; normalisations of each head stay behind it.
+
     **Safety:** tolerance; each number is the same sum, which a kernel for another width may add in another order
     (float32: 1e-6 of the largest value).
 
@@ -80,6 +88,10 @@ class MergeProjections(Pass):
         merger = _Merger(graph, context, result)
         for scope in scopes(graph):
             merger.merge(scope)
+        context.infer_shapes(graph)
+        dims = Dimensions(graph)
+        for scope in scopes(graph):
+            merger.split_heads(scope, dims)
         return result
 
 
@@ -105,6 +117,21 @@ class _Merger:
                 self._replace(projections, placement)
         placement.finish()
 
+    def split_heads(self, scope: Graph, dims: Dimensions) -> None:
+        """Split into heads before parts are taken apart."""
+        placement = Placement(scope, self.given_back)
+        splitter = HeadSplitter(self.graph, dims, placement, self.fresh, self.given_back)
+        for split in [n for n in scope.nodes if n.op == "Split" and not n.domain]:
+            try:
+                parts = splitter.parts(split)
+            except NotSplitError as reason:
+                self.result.near_misses.append(NearMiss("heads", split.name, str(reason), module_of(split)))
+                continue
+            detail = " + ".join(str(part.heads) for part in parts or ())
+            if parts is not None and self.context.apply(self.result, "heads", split, detail):
+                splitter.apply(split, parts)
+        placement.finish()
+
     def _mergeable(self, attention: Node) -> list[Projection]:
         """The projections of one tensor behind an Attention. Raises NotMergedError."""
         found = [self._projection(tensor, name) for tensor, name in zip(attention.inputs[:3], NAMES, strict=True)]
@@ -118,8 +145,10 @@ class _Merger:
         return alike
 
     def _projection(self, tensor: Tensor, name: str) -> Projection:
-        while (node := _producer(tensor)) is not None and node.op in PASSED and not node.domain:
-            tensor = node.inputs[0]
+        while (node := _producer(tensor)) is not None and node.op in PASSED | CACHES and not node.domain:
+            if node.op in CACHES and len(node.inputs) < 2:
+                break
+            tensor = node.inputs[1 if node.op in CACHES else 0]
         result, bias = tensor, None
         if node is not None and node.op == "Add":
             product = next((p for t in node.inputs if (p := _producer(t)) is not None and p.op == "MatMul"), None)

@@ -12,7 +12,7 @@ from llmc.passes.base import Context, Ledger
 from llmc.passes.fuse.merge_projections import MergeProjections
 from llmc.passes.graph import Array, Constant, Derived, Graph, copy_graph, infer_shapes, to_model
 
-SIZES = {"B": 2, "S": 3, "T": 5}
+SIZES = {"B": 2, "S": 3, "T": 5, "P": 5}
 WEIGHTS = {"wq": (8, 16), "wk": (8, 8), "wv": (8, 8), "bq": (16,), "bk": (8,), "bv": (8,)}
 ATTEND = "y = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v)"
 BIASED = "a = MatMul(x, wq) q = Add(a, bq) b = MatMul(x, wk) k = Add(bk, b) c = MatMul(x, wv) v = Add(c, bv) "
@@ -23,7 +23,7 @@ def build(parse: Any, body: str, inputs: str = "float[B,S,8] x", outputs: str = 
     """The graph with random constants for the weights that the text names."""
     names = [name for name in WEIGHTS if f"{name})" in body or f"({name}" in body]
     declared = ", ".join(f"float[{','.join(map(str, WEIGHTS[name]))}] {name}" for name in names)
-    graph = parse(f"({', '.join([inputs, declared])}) => ({outputs}) {{ {body} }}", opset=23)
+    graph = parse(f"({', '.join(filter(None, [inputs, declared]))}) => ({outputs}) {{ {body} }}", opset=24)
     rng = np.random.default_rng(0)
     for tensor in [t for t in graph.inputs if t.name in WEIGHTS]:
         tensor.to_constant(rng.standard_normal(tensor.shape).astype(np.float32))
@@ -42,14 +42,16 @@ def check_same(before: Graph, after: Graph) -> None:
     onnx.checker.check_model(to_model(after), full_check=True)
     given = feeds(before)
     # float32: sums of eight products of order 1, 2^-24 each, maybe in another order, seen through a Softmax
-    np.testing.assert_allclose(Session(after).run(given)["y"], Session(before).run(given)["y"], rtol=0, atol=1e-5)
+    found = Session(after).run(given)
+    for name, value in Session(before).run(given).items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5)
 
 
-SPLIT = (
+HEADS = (
     "h = Constant<value_ints = [0,0,-1,4]>() qr = Reshape(q, h) kr = Reshape(k, h) vr = Reshape(v, h) "
     "qt = Transpose<perm=[0,2,1,3]>(qr) kt = Transpose<perm=[0,2,1,3]>(kr) vt = Transpose<perm=[0,2,1,3]>(vr) "
-    "y = Attention(qt, kt, vt)"
 )
+SPLIT = f"{HEADS} y = Attention(qt, kt, vt)"
 FIRES = {
     "with biases": ((BIASED + ATTEND,), {"MatMul": 1, "Add": 1, "Split": 1, "Attention": 1}, [16, 8, 8]),
     "without": ((PLAIN + ATTEND,), {"MatMul": 1, "Split": 1, "Attention": 1}, [16, 8, 8]),
@@ -73,8 +75,31 @@ FIRES = {
     ),
     "split into heads after": (
         (PLAIN + SPLIT, "float[B,S,8] x", "float[B,4,S,4] y"),
-        {"MatMul": 1, "Split": 1, "Reshape": 3, "Transpose": 3, "Attention": 1},
-        [16, 8, 8],
+        {"MatMul": 1, "Split": 1, "Reshape": 1, "Transpose": 1, "Attention": 1},
+        [4, 2, 2],
+    ),
+    "with a cache of keys and values": (
+        (
+            f"{PLAIN} {HEADS} kc = Concat<axis=2>(pk, kt) vc = TensorScatter<axis=2>(pv, vt) y = Attention(qt, kc, vc)",
+            "float[B,S,8] x, float[B,2,P,4] pk, float[B,2,8,4] pv",
+            "float[B,4,S,4] y",
+        ),
+        {"MatMul": 1, "Reshape": 1, "Transpose": 1, "Split": 1, "Concat": 1, "TensorScatter": 1, "Attention": 1},
+        [4, 2, 2],
+    ),
+    "normalised before they are transposed": (
+        (
+            (PLAIN + SPLIT)
+            .replace("qt =", "qn = RMSNormalization<axis=3>(qr, scale) qt =")
+            .replace("(qr)", "(qn)")
+            .replace("kt =", "kn = LayerNormalization(kr, scale) kt =")
+            .replace("(kr)", "(kn)"),
+            "float[B,S,8] x, float[4] scale",
+            "float[B,4,S,4] y",
+        ),
+        {"MatMul": 1, "Reshape": 1, "Transpose": 1, "Split": 1, "RMSNormalization": 1, "LayerNormalization": 1}
+        | {"Attention": 1},
+        [4, 2, 2],
     ),
     "queries are used elsewhere too": (
         (PLAIN + ATTEND + " r = Relu(q)", "float[B,S,8] x", "float[B,S,16] y, float[B,S,16] r, float[B,S,16] q"),
@@ -93,9 +118,70 @@ def test_fires(name: str, parse: Any) -> None:
     assert Counter(n.op for n in merged.nodes) == counts
     (split,) = [n for n in merged.nodes if n.op == "Split"]
     assert split.inputs[1].values.tolist() == sizes
-    assert [(r.number, r.rule) for r in result.rewrites] == [(1, "projections")]
+    rules = ["projections", "heads"] if "Transpose" in counts else ["projections"]
+    assert [(r.number, r.rule) for r in result.rewrites] == list(enumerate(rules, 1))
     assert result.near_misses == []
     check_same(graph, merged)
+
+
+APART = (
+    "p, r = Split<axis=2, num_outputs=2>(x) h = Constant<value_ints=[0,0,-1,4]>() a = Reshape(p, h) b = Reshape(r, h) "
+)
+TURNED = "y = Transpose<perm=[0,2,1,3]>(a) z = Transpose<perm=[0,2,1,3]>(b)"
+TWO = "float[B,2,S,4] y, float[B,2,S,4] z"
+APART_FIRES = {
+    "two parts of a model's own Split": (APART + TURNED, TWO, ["Reshape", "Transpose", "Split"]),
+    "on the last of three axes": (APART.replace("axis=2", "axis=-1") + TURNED, TWO, ["Reshape", "Transpose", "Split"]),
+}
+APART_STAYS = {
+    "a part is used whole too": (
+        f"{APART} {TURNED} [relu] t = Relu(p)", f"{TWO}, float[B,S,8] t",
+        "'p', before it is split into heads, is an output or used twice",
+    ),
+    "a part is an output split into heads, too": (
+        f"{APART} {TURNED}", f"{TWO}, float[B,S,2,4] a",
+        "'a', before it is split into heads, is an output or used twice",
+    ),
+    "a part stays as it is": (
+        f"{APART.replace('b = Reshape(r, h)', '[relu] z = Relu(r)')} y = Transpose<perm=[0,2,1,3]>(a)",
+        "float[B,2,S,4] y, float[B,S,8] z", "'r' goes to Relu 'relu', where a Reshape to heads is needed",
+    ),
+    "another order of axes": (
+        f"{APART} {TURNED.replace('y = Transpose<perm=[0,2,1,3]>', '[turn] y = Transpose<perm=[0,2,3,1]>')}",
+        TWO.replace("float[B,2,S,4] y", "float[B,2,4,S] y"),
+        "'p' goes to Transpose 'turn', where a Transpose of heads is needed",
+    ),
+    "heads of two sizes": (
+        f"{APART.replace('b = Reshape(r, h)', 'i = Constant<value_ints=[0,0,-1,2]>() b = Reshape(r, i)')} {TURNED}",
+        "float[B,2,S,4] y, float[B,4,S,2] z",
+        "the parts of Split 'p' have heads of several sizes: 4, 2",
+    ),
+    "normalised over all heads": (
+        APART.replace("b = Reshape(r, h)", "n = Reshape(r, h) [norm] b = LayerNormalization<axis=2>(n, s)") + TURNED,
+        TWO,
+        "LayerNormalization 'norm' is over more than each head",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", APART_FIRES)
+def test_heads_are_split_before_parts_are_taken_apart(name: str, parse: Any) -> None:
+    body, outputs, operators = APART_FIRES[name]
+    graph = build(parse, body, "float[B,S,16] x", outputs)
+    changed = copy_graph(graph)
+    result = MergeProjections().run(changed, Context())
+    assert [(r.rule, r.detail) for r in result.rewrites] == [("heads", "2 + 2")]
+    assert [n.op for n in changed.nodes if n.op != "Constant"] == operators
+    check_same(graph, changed)
+
+
+@pytest.mark.parametrize("name", APART_STAYS)
+def test_heads_stay_apart(name: str, parse: Any) -> None:
+    body, outputs, reason = APART_STAYS[name]
+    graph = build(parse, body, "float[B,S,16] x, float[2,4] s", outputs)
+    result = MergeProjections().run(graph, Context())
+    assert result.rewrites == []
+    assert [miss.reason for miss in result.near_misses] == [reason]
 
 
 LEAVES_ALONE = {
