@@ -16,11 +16,12 @@ from llmc.compiler.cache.memory import NOTHING, Memory, open_memory
 from llmc.compiler.cache.store import DamagedError
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.data import Samples
-from llmc.compiler.errors import BudgetError, InternalError, LlmcError, TargetError
-from llmc.compiler.evidence import Given, evidence_place, keep_breach, keep_crash
+from llmc.compiler.errors import BudgetError, InternalError, LlmcError, PrecisionError, TargetError
+from llmc.compiler.evidence import Given, evidence_place, keep_breach, keep_crash, keep_fallback
 from llmc.compiler.generation.tokenizer import copy_tokenizer
 from llmc.compiler.loaders import Loaded, load
 from llmc.compiler.loaders.tasks import TEXT_GENERATION
+from llmc.compiler.precision import Asked, fallbacks, some
 from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import (
@@ -34,16 +35,13 @@ from llmc.compiler.report import (
     Verification,
     write,
 )
-from llmc.compiler.report.statistics import graph_report, layer_precision
+from llmc.compiler.report.statistics import graph_report
 from llmc.compiler.session import Session
 from llmc.compiler.targets import BuildRequest, Built, Profile, Progress, Target, resolve
 from llmc.compiler.targets.input_shapes import dynamic_dimensions
 from llmc.compiler.verification import Verifier, breaches
-from llmc.passes.base import Pass, PassResult
+from llmc.passes.base import Pass
 from llmc.passes.graph import Graph, Structure, save_model
-
-WIDTHS = ("int4", "int8", "float8_e4m3fn", "bfloat16", "float16", "float32")
-"""dtypes from the narrowest: of two passes that ask something of one layer, the narrower one counts."""
 
 
 def _quiet(_phase: str) -> None:
@@ -94,9 +92,13 @@ class Run:
     stop_after_rewrite: int | None = None
     memory: Memory = NOTHING
     steps: list[PassReport] = field(default_factory=list)
-    asked: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
+    asked: Asked = field(default_factory=Asked)
     verification_seconds: dict[str, float] = field(default_factory=dict)
+
+    def given(self, key: str = "") -> Given:
+        """What evidence needs of the compile; `key` is that of a pass whose calibration data it needs."""
+        made = self.plan
+        return Given(made.verification, made.calibration.get(key), made.tokenizer, self.stop_after_rewrite)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -183,8 +185,9 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
     """Compile `source` as `recipe` says into the directory `output`, which is complete afterwards or absent.
 
     `listeners` are called with each step, the load first. With `cached` nothing is done again that the user's cache
-    holds. Raises LlmcError for bad input, BudgetError where a step moved an output too far and InternalError where a
-    pass crashed (the evidence is then in `<output>.failed`), TargetError where the target cannot build the graph.
+    holds. Raises LlmcError for bad input, BudgetError where a step moved an output too far, InternalError where a pass
+    crashed and PrecisionError where a layer is not in the precision asked for (the evidence is then in
+    `<output>.failed`), TargetError where the target cannot build the graph.
     """
     check_place(output, force=force)
     with open_memory(cached) as memory:
@@ -220,6 +223,7 @@ def _run(
         with run.timed("build"):
             built = _build(made, graph, model, folder, progress)
         report = _report(run, graph, _target_report(made, built, folder))
+        _check_precision(run, graph, report)
         report.timings.total = time.perf_counter() - started
         write(report, folder)
         if made.loaded.task == TEXT_GENERATION and made.loaded.tokenizer is not None:
@@ -298,7 +302,7 @@ def _run_passes(run: Run, loaded: pipeline.Step) -> pipeline.Step:
         run.plan.seconds[step.label] = step.seconds
         line = _pass_report(step, run.plan.recipe)
         run.steps.append(line)
-        _remember_precision(run, step.result)
+        run.asked.remember(step.result)
         _tell(run, step)
         if (every and step.result.rewrites) or (not every and step.index == len(passes)):
             with run.timed_verification(step):
@@ -319,7 +323,7 @@ def _judge(run: Run, line: PassReport, step: pipeline.Step) -> None:
     line.status, line.reason = "over budget", "; ".join(problems)
     report = _report(run, step.graph, None)
     evidence = evidence_place(run.output)
-    command = keep_breach(evidence, recipe, step, run.original, run.plan.verification, report)
+    command = keep_breach(evidence, recipe, step, run.original, run.given(), report)
     raise BudgetError(
         f"pass {step.index}, {step.key}, broke the budget: {line.reason}.\n"
         f"The graphs before and after it are in {evidence / 'repro'}; to see it again:\n  {command}"
@@ -334,23 +338,14 @@ def _crashed(run: Run, crash: pipeline.PassCrash) -> InternalError:
     run.steps.append(line)
     report = _report(run, step.graph, None)
     evidence = evidence_place(run.output)
-    given = Given(run.plan.verification, run.plan.calibration.get(step.key), run.stop_after_rewrite)
     try:
-        command = keep_crash(evidence, run.plan.recipe, crash, given, report)
+        command = keep_crash(evidence, run.plan.recipe, crash, run.given(step.key), report)
     except Exception:  # what matters is the crash: its traceback goes to whoever called
         raise crash from crash.__cause__
     return InternalError(
         f"{crash}.\nThis is a bug of llmc. The graph before the pass and the traceback are in "
         f"{evidence / 'repro'}; to see it again:\n  {command}"
     )
-
-
-def _remember_precision(run: Run, result: PassResult) -> None:
-    for node, dtype in result.asked.items():
-        before = run.asked.get(node)
-        if before not in WIDTHS or WIDTHS.index(dtype) < WIDTHS.index(before):
-            run.asked[node] = dtype
-    run.kept.update(result.kept)
 
 
 def _pass_report(step: pipeline.Step, recipe: Recipe) -> PassReport:
@@ -401,10 +396,7 @@ def _target_report(made: Plan, built: Built, folder: Path) -> TargetReport:
 def _report(run: Run, graph: Graph, target: TargetReport | None) -> Report:
     made, loaded = run.plan, run.plan.loaded
     best = {name: sizes.opt for name, sizes in made.profiles[0].items()}
-    precision = layer_precision(graph, run.asked, run.kept)
-    fallen = [layer for layer in precision if layer.asked != layer.found and not layer.reason]
-    warnings = [*loaded.notes, *made.warnings]
-    warnings += [f"{layer.op} '{layer.node}' was asked to be {layer.asked}, found {layer.found}" for layer in fallen]
+    precision = run.asked.layers(graph, target.layers if target else ())
     return Report(
         llmc=versions.llmc_version(),
         status=_status(run.steps),
@@ -422,9 +414,25 @@ def _report(run: Run, graph: Graph, target: TargetReport | None) -> Report:
             budgets=made.recipe.verify.limits(),
         ),
         target=target,
-        warnings=warnings,
+        warnings=[*loaded.notes, *made.warnings, *fallbacks(precision)],
         versions=versions.collect(loaded.kind, made.target.versions),
         timings=Timings(total=0.0, steps=made.seconds, verification=run.verification_seconds),
+    )
+
+
+def _check_precision(run: Run, graph: Graph, report: Report) -> None:
+    """Raise PrecisionError, evidence kept, where layers are not in the precision asked for and nothing said why."""
+    made = run.plan
+    found = fallbacks(report.precision)
+    if not found or made.recipe.verify.on_fallback == "warn":
+        return
+    report.status = "fell back"
+    evidence = evidence_place(run.output)
+    command = keep_fallback(evidence, made.recipe, run.original, graph, run.given(), report)
+    raise PrecisionError(
+        f"{len(found)} layers are not in the precision that was asked for:{some(found)}\n"
+        f"`--set verify.on_fallback=warn` lets it pass. The graph and the report are in {evidence}; to see it again:\n"
+        f"  {command}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmc.passes.errors import LlmcError
 
-__all__ = ["BudgetError", "InternalError", "LlmcError", "TargetError"]
+__all__ = ["BudgetError", "InternalError", "LlmcError", "PrecisionError", "TargetError"]
 
 
 class InternalError(LlmcError):
@@ -23,3 +23,7 @@ class TargetError(LlmcError):
     """The target cannot build this graph; every reason found is in the message, with the nodes."""
 
     exit_code = 4
+
+
+class PrecisionError(TargetError):
+    """A layer came out in another precision than was asked for, and no pass said why."""

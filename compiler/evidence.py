@@ -17,8 +17,9 @@ from llmc.compiler.pipeline import PassCrash, Step
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.recipe.source import dump
 from llmc.compiler.report import Report, write
+from llmc.compiler.targets import TargetKind
 from llmc.compiler.versions import llmc_version
-from llmc.passes.graph import Structure, from_structure, save_model
+from llmc.passes.graph import Graph, Structure, from_structure, save_model
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Given:
     verification: Samples
     calibration: Samples | None = None
     """Of the failed step, where it calibrates."""
+    tokenizer: Path | None = None
     stop_after_rewrite: int | None = None
 
 
@@ -36,7 +38,7 @@ def evidence_place(output: Path) -> Path:
     return output.with_name(f"{output.name}.failed")
 
 
-def keep_breach(output: Path, recipe: Recipe, step: Step, original: Structure, samples: Samples, report: Report) -> str:
+def keep_breach(output: Path, recipe: Recipe, step: Step, original: Structure, given: Given, report: Report) -> str:
     """Write the report so far and `output`/repro; return the command that repeats the breach of a budget.
 
     `loaded.onnx` is the graph as loaded, `before.onnx` and `after.onnx` stand around the guilty pass, `inputs/` holds
@@ -47,9 +49,28 @@ def keep_breach(output: Path, recipe: Recipe, step: Step, original: Structure, s
         save_model(from_structure(original), repro / "loaded.onnx")
         save_model(from_structure(step.before), repro / "before.onnx")
         save_model(step.graph, repro / "after.onnx")
-        _write_samples(samples, repro / "inputs")
-        _write_recipe(recipe, slice(step.index), samples, header, repro)
-    return _command(output, "loaded.onnx")
+        _write_samples(given.verification, repro / "inputs")
+        _write_recipe(recipe, slice(step.index), given, header, repro)
+    return _command(output, "loaded.onnx", *_tokenizer(given))
+
+
+def keep_fallback(output: Path, recipe: Recipe, original: Structure, final: Graph, given: Given, report: Report) -> str:
+    """Write the report and `output`/repro; return the command that builds with the wrong precision again.
+
+    `loaded.onnx` is the graph as loaded, `final.onnx` the one that the target was given, `recipe.yaml` the recipe.
+    """
+    with _evidence(output, report) as repro:
+        save_model(from_structure(original), repro / "loaded.onnx")
+        save_model(final, repro / "final.onnx")
+        _write_samples(given.verification, repro / "inputs")
+        header = f"{recipe.name}, which left layers in another precision than it asks for"
+        _write_recipe(recipe, slice(None), given, header, repro, kind=recipe.target.kind)
+    return _command(output, "loaded.onnx", *_tokenizer(given))
+
+
+def _tokenizer(given: Given) -> list[object]:
+    """The option, where calibration data of the recipe may be text."""
+    return ["--tokenizer", given.tokenizer] if given.tokenizer else []
 
 
 def keep_crash(output: Path, recipe: Recipe, crash: PassCrash, given: Given, report: Report) -> str:
@@ -67,7 +88,7 @@ def keep_crash(output: Path, recipe: Recipe, crash: PassCrash, given: Given, rep
         if given.calibration is not None and hasattr(recipe.passes[step.index - 1], "calibration"):
             _write_samples(given.calibration, repro / "calibration")
             words += ["--calibration", output / "repro/calibration"]
-        _write_recipe(recipe, only, given.verification, f"the pass of {recipe.name} that crashed: {step.key}", repro)
+        _write_recipe(recipe, only, given, f"the pass of {recipe.name} that crashed: {step.key}", repro)
         (repro / "traceback.txt").write_text("".join(traceback.format_exception(crash)), encoding="utf-8")
     if given.stop_after_rewrite is not None:
         words += ["--stop-after-rewrite", given.stop_after_rewrite - step.rewrites_before]
@@ -91,12 +112,14 @@ def _write_samples(samples: Samples, folder: Path) -> None:
         np.savez(folder / f"{number:04d}.npz", **sample)  # type: ignore[arg-type]  # names are inputs
 
 
-def _write_recipe(recipe: Recipe, passes: slice, samples: Samples, header: str, repro: Path) -> None:
-    """The recipe with these of its passes alone, verified on `samples`, and nothing built."""
+def _write_recipe(
+    recipe: Recipe, passes: slice, given: Given, header: str, repro: Path, kind: TargetKind = "onnx"
+) -> None:
+    """The recipe with these of its passes alone, verified on the samples given, and with another target."""
     document = recipe.document()
     document["passes"] = document["passes"][passes]
-    document["target"]["kind"] = "onnx"
-    document["verify"]["samples"] = max(len(samples), 1)
+    document["target"]["kind"] = kind
+    document["verify"]["samples"] = max(len(given.verification), 1)
     keys = {step.key() for step in recipe.passes[passes]}
     budgets = document["verify"]["pass_budgets"]
     document["verify"]["pass_budgets"] = {key: budgets[key] for key in budgets if key in keys}

@@ -136,7 +136,7 @@ def test_fp16(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_
     check_engine(tmp_path / "out", report)
     assert cosines(tmp_path / "out", tokens, expected).min() >= 0.9999
     products = [layer for layer in report.precision if layer.op == "MatMul"]
-    assert {layer.found for layer in products} == {"float16"}
+    assert {(layer.found, layer.engine) for layer in products} == {("float16", "float16")}
 
 
 def test_a_second_compile_gives_the_same_bytes(source: Any, tmp_path: Path) -> None:
@@ -153,10 +153,11 @@ def test_int8(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_
     report = run_compile(source[0], "minilm-int8", tmp_path / "out", **source[1])
     check_engine(tmp_path / "out", report)
     assert cosines(tmp_path / "out", tokens, expected).mean() >= 0.97
-    # six layers of 4 matrices [384, 384] and 2 of [384, 1536]: 36, of which merge-projections made three into one
-    # and a zero point for each of their channels, and for each of the 24 tensors that they multiply
+    # six layers of 4 matrices [384, 384] and 2 of [384, 1536], a zero point for each of their channels, and for each
+    # of the 24 tensors that they multiply: queries, keys and values are made of one
     zero_points = 6 * (4 * 384 + 1536 + 384) + 24
     assert report.graph.weights["int8"].parameters == 6 * (4 * 384 * 384 + 2 * 384 * 1536) + zero_points
-    assert [layer.found for layer in report.precision if layer.op == "MatMul"] == ["int8"] * 24
+    products = [layer for layer in report.precision if layer.op == "MatMul"]
+    assert [(layer.found, layer.engine) for layer in products] == [("int8", "int8")] * 36
     # a quarter of the weights' 43 MB in the encoder, and half of the embeddings' 48 MB, and what TensorRT adds
     assert (tmp_path / "out/model.engine").stat().st_size < 50e6

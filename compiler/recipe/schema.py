@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json_schema
 
 from llmc.compiler.recipe.sections import Document
-from llmc.compiler.recipe.splice import WORD
+from llmc.compiler.recipe.splice import WITHOUT, WORD
 from llmc.passes.base import discover
 
 
@@ -34,8 +34,8 @@ def json_schema() -> dict[str, Any]:
     mapping = {"type": "object", "properties": parameters, "additionalProperties": False}
     other = {
         "type": "object",
-        "description": "All passes of a recipe that ships with llmc.",
-        "properties": {WORD: {"type": "string"}},
+        "description": "All passes of a recipe that ships with llmc, without those named.",
+        "properties": {WORD: {"type": "string"}, WITHOUT: {"type": "array", "items": {"enum": list(discover())}}},
         "required": [WORD],
         "additionalProperties": False,
     }

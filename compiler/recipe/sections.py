@@ -189,6 +189,10 @@ class VerifySection(Section):
     )
     on_failure: Literal["fail", "warn"] = Field("fail", description="What a broken budget does to the compile.")
 
+    on_fallback: Literal["fail", "warn"] = Field(
+        "fail", description="What a layer that is not in the precision asked for does, where no pass gave a reason."
+    )
+
     @model_validator(mode="after")
     def _budgets_are_measured(self) -> Self:
         for budgets in (self.budgets, *self.pass_budgets.values()):

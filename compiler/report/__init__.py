@@ -106,13 +106,14 @@ class GraphReport(Part):
 
 
 class LayerPrecision(Part):
-    """One layer with arithmetic: the dtype that the recipe asked for, and the one found in the final graph."""
+    """One layer with arithmetic: the dtype that the recipe asked for, and those found in the graph and the engine."""
 
     node: str
     op: str
     module: str = ""
     asked: str
     found: str
+    engine: str = Field(default="", description="In which the engine computes its product; '' where nothing tells.")
     reason: str = Field(default="", description="Why they differ, where a pass said so.")
 
 
@@ -160,7 +161,7 @@ class Report(Part):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     llmc: str = Field(description="Version of llmc.")
-    status: Literal["done", "over budget", "crashed"]
+    status: Literal["done", "over budget", "crashed", "fell back"]
     source: SourceReport
     recipe: str = Field(description="Name of the recipe.")
     passes: list[PassReport]

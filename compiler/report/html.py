@@ -51,7 +51,10 @@ def _header(report: Report) -> Markup:
     return element(
         "header",
         element(
-            "p", "llmc report", element("span", report.status, class_=f"pill {_STATUS[report.status]}"), class_="kicker"
+            "p",
+            "llmc report",
+            element("span", report.status, class_=f"pill {_STATUS.get(report.status, 'broken')}"),
+            class_="kicker",
         ),
         element("h1", source.name),
         element("p", element("strong", arrow), element("span", about), class_="subtitle"),
@@ -257,6 +260,7 @@ def _precision(report: Report) -> Markup | None:
         (
             group.asked,
             element("span", group.found, class_=None if group.as_asked else "differs"),
+            element("span", group.engine, class_=None if group.as_asked else "differs"),
             group.count,
             ", ".join(f"{count} {name}" for name, count in group.operators.items()),
         )
@@ -266,7 +270,7 @@ def _precision(report: Report) -> Markup | None:
         "Precision of layers",
         charts.share_bar([count for _, count in shares], "Layers by the precision found"),
         legend(*((charts.series(index), f"{dtype} {count}") for index, (dtype, count) in enumerate(shares))),
-        table(("Asked", "Found", "#Layers", "Operators"), rows),
+        table(("Asked", "Found", "Engine", "#Layers", "Operators"), rows),
         _layers(report.precision),
     )
 
@@ -278,11 +282,12 @@ def _layers(layers: Sequence[LayerPrecision]) -> Markup:
             code(layer.op),
             layer.asked,
             element("span", layer.found, class_=None if layer.asked == layer.found else "differs"),
+            layer.engine,
             element("span", layer.reason, class_="prose"),
         )
         for layer in layers
     ]
-    return fold("Layer by layer", len(rows), table(("Layer", "Operator", "Asked", "Found", "Why"), rows))
+    return fold("Layer by layer", len(rows), table(("Layer", "Operator", "Asked", "Found", "Engine", "Why"), rows))
 
 
 def _graph(report: Report) -> Markup:

@@ -109,12 +109,13 @@ def _precision(layers: Sequence[LayerPrecision]) -> str:
         (
             escape(group.asked),
             escape(group.found) if group.as_asked else f"**{escape(group.found)}**",
+            escape(group.engine),
             group.count,
             escape(", ".join(f"{count} {name}" for name, count in group.operators.items())),
         )
         for group in summary.precision_groups(layers)
     ]
-    return f"## Precision\n\n{_table(('Asked', 'Found', '#Layers', 'Operators'), rows)}" if rows else ""
+    return f"## Precision\n\n{_table(('Asked', 'Found', 'Engine', '#Layers', 'Operators'), rows)}" if rows else ""
 
 
 def _graph(graph: GraphReport) -> str:
@@ -149,10 +150,10 @@ def _layers(layers: Sequence[LayerPrecision]) -> str:
     if not layers:
         return ""
     rows = [
-        (code(layer.node), code(layer.op), escape(layer.asked), escape(layer.found), escape(layer.reason))
+        (code(layer.node), code(layer.op), *map(escape, (layer.asked, layer.found, layer.engine, layer.reason)))
         for layer in layers
     ]
-    return _fold("Precision, layer by layer", _table(("Layer", "Operator", "Asked", "Found", "Why"), rows))
+    return _fold("Precision, layer by layer", _table(("Layer", "Operator", "Asked", "Found", "Engine", "Why"), rows))
 
 
 def _provenance(report: Report) -> str:

@@ -31,6 +31,7 @@ class PrecisionGroup:
 
     asked: str
     found: str
+    engine: str
     operators: dict[str, int]
     """Operator → layers, most frequent first."""
 
@@ -40,7 +41,8 @@ class PrecisionGroup:
 
     @property
     def as_asked(self) -> bool:
-        return self.asked == self.found
+        """Whether graph and engine have what was asked; a layer's weights alone say nothing of its arithmetic."""
+        return self.asked == self.found and (self.engine in ("", self.found) or " " in self.found)
 
 
 def step_seconds(report: Report, step: PassReport) -> float | None:
@@ -84,9 +86,9 @@ def near_misses(report: Report) -> list[NearMisses]:
 
 def precision_groups(layers: Iterable[LayerPrecision]) -> list[PrecisionGroup]:
     """Layers by what was asked and found: first those that did not get what was asked, then the most frequent."""
-    counts: dict[tuple[str, str], Counter[str]] = {}
+    counts: dict[tuple[str, str, str], Counter[str]] = {}
     for layer in layers:
-        counts.setdefault((layer.asked, layer.found), Counter())[layer.op] += 1
+        counts.setdefault((layer.asked, layer.found, layer.engine), Counter())[layer.op] += 1
     groups = [PrecisionGroup(*key, dict(operators.most_common())) for key, operators in counts.items()]
     return sorted(groups, key=lambda group: (group.as_asked, -group.count))
 

@@ -36,7 +36,6 @@ LABELS = 22
 
 _FAILED = ("✗", "bold red")
 _STATUS = {"done": ("✓", "green"), "skipped": ("–", "dim"), "over budget": _FAILED, "crashed": _FAILED}
-_RESULT = {"done": "✓ done", "over budget": "✗ over budget", "crashed": "✗ crashed"}
 
 
 def render(report: Report, console: Console, folder: Path | None = None) -> None:
@@ -92,13 +91,13 @@ def _header(report: Report) -> RenderableType:
     source = report.source
     about = " · ".join(part for part in (source.kind, source.task, source.exporter) if part)
     target = f" → {report.target.kind}" if report.target else ""
-    style = "bold green" if report.status == "done" else "bold red"
+    mark, style = ("✓", "bold green") if report.status == "done" else _FAILED
     line = Table.grid(expand=True, padding=(0, 1))
     line.add_column(ratio=1)
     line.add_column(justify="right", no_wrap=True)
     line.add_row(
         Text.assemble(_plain(source.name, "bold"), "  ", _plain(f"{report.recipe}{target}", "cyan")),
-        Text.assemble((_RESULT[report.status], style), (f" in {text.seconds(report.timings.total)}", "dim")),
+        Text.assemble((f"{mark} {report.status}", style), (f" in {text.seconds(report.timings.total)}", "dim")),
     )
     line.add_row(_plain(about, "dim"), Text(f"llmc {report.llmc}", "dim"))
     notes = [_plain(note, "dim") for note in source.notes]
@@ -205,8 +204,10 @@ def _precision(layers: list[LayerPrecision]) -> list[tuple[str, Text]]:
     rows = []
     for group in summary.precision_groups(layers):
         operators = ", ".join(f"{count} {name}" for name, count in group.operators.items())
-        label = group.found if group.as_asked else f"{group.found}, asked {group.asked}"
+        label = group.found if group.as_asked else f"{group.engine or group.found}, asked {group.asked}"
         line = Text.assemble(f"{text.plural(group.count, 'layer')}  ", _plain(operators, "dim"))
+        if group.engine == group.found:
+            line.append(", in the engine too", "dim")
         if not group.as_asked:
             line.stylize("yellow", 0, len(text.plural(group.count, "layer")))
         rows.append((label, line))

@@ -43,6 +43,13 @@ _TYPES = {
     "bool": TensorProto.BOOL,
 }
 
+_KERNELS = {"gemm", "correlation", "deconv"}
+"""Kinds of layers that are one product, whose operands have one type."""
+_FUSED_PRODUCT = re.compile(r"_myl_((?:[A-Z][a-z]+)*?)Fc(?![a-z])")
+"""Fused layers are called after the operations in them, four letters each: 'Fc' is the product."""
+_FUSED_ATTENTION = re.compile(r"_mha_")
+_REAL = {"bfloat16", "float16", "float32"}
+
 _EXPECTED = re.compile(
     r"Make sure (?:in|out)put .* has Int64 binding|catchCudaError|Empty initializer .* Overriding data to nullptr"
 )
@@ -104,6 +111,8 @@ def memory(messages: Iterable[str]) -> dict[str, int]:
 def layers(message: str) -> list[dict[str, object]]:
     """The engine's layers: name, kind, dtype of the first operand, dtypes of inputs and outputs, ONNX source nodes.
 
+    'product' is the dtype in which a layer multiplies matrices; '' where it does not, or does not say so.
+
     Raises ValueError where there is no list, or a line cannot be read: a part of it would be worse than none.
     """
     if not message.startswith(LAYERS):
@@ -121,10 +130,21 @@ def layers(message: str) -> list[dict[str, object]]:
                 "dtype": next(iter(inputs + outputs), ""),
                 "inputs": inputs,
                 "outputs": outputs,
+                "product": _product(match["name"], match["kind"], inputs, outputs),
                 "nodes": list(dict.fromkeys(_SOURCE.findall(match["sources"]))),
             }
         )
     return found
+
+
+def _product(name: str, kind: str, inputs: list[str], outputs: list[str]) -> str:
+    operands = [*inputs, *outputs]
+    fused = _FUSED_PRODUCT.search(name)
+    if fused and "Cast" in fused[1]:  # an operand is dequantized first: 'CastMulFc'
+        return next((dtype for dtype in operands if dtype in _REAL), "")
+    if fused or kind in _KERNELS or _FUSED_ATTENTION.search(name):
+        return next(iter(operands), "")
+    return ""
 
 
 def type_name(name: str) -> str:

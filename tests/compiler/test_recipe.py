@@ -508,3 +508,27 @@ def test_calibration_and_verification_sentences_are_different_and_enough() -> No
     assert len(set(verification)) == len(verification) >= 10
     assert len(set(calibration)) == len(calibration) >= 128
     assert not set(calibration) & set(verification)
+
+
+def test_a_recipe_takes_all_passes_of_another_but_some(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "passes:\n  - recipe: optimize\n    without: [merge-projections, fold-constants]\n  - convert-fp16\n"
+    )
+    keys = [step.key() for step in Recipe.load(path).passes]
+    whole = [step.key() for step in Recipe.load("optimize").passes]
+    assert keys == [key for key in whole if key not in ("merge-projections", "fold-constants")] + ["convert-fp16"]
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        ("fuse-gelu", "r.yaml:2: passes.1: 'without' takes a list of passes, as in 'without: [fuse-gelu]'"),
+        ("[fuse-gleu]", "r.yaml:2: passes.1: recipe 'optimize' has no pass 'fuse-gleu'; did you mean 'fuse-gelu'?"),
+    ],
+)
+def test_what_is_left_out_must_be_there(without: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"passes:\n  - recipe: optimize\n    without: {without}\n")
+    with pytest.raises(LlmcError) as error:
+        Recipe.load(tmp_path / "r.yaml")
+    assert message in str(error.value)

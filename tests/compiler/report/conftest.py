@@ -75,7 +75,9 @@ def make_report(name: str) -> Report:
             sizes={name: 128},
         ),
         precision=[
-            LayerPrecision(node=name, op="MatMul", module=name, asked="int8", found="float16", reason=name),
+            LayerPrecision(
+                node=name, op="MatMul", module=name, asked="int8", found="int8", engine="float16", reason=name
+            ),
             LayerPrecision(node=f"{name} 2", op="MatMul", asked="int8", found="int8"),
         ],
         verification=Verification(

@@ -34,7 +34,7 @@ def test_the_document_says_the_facts(report: Report) -> None:
     document = markdown.render(report)
     rows = cells(document)
     assert ["✓", "fuse-gelu", "21 → 12", "1", "3", "4 kB", "0.999980", "2.0e-03", "0.16 s"] in rows
-    assert ["int8", "float16", "1", "1 MatMul"] in rows
+    assert ["int8", "int8", "float16", "1", "1 MatMul"] in rows
     assert "12 nodes, opset 20, FLOPs: 2.87 GFLOP" in document
     assert "> [!WARNING]" in document
 
@@ -56,7 +56,7 @@ def test_every_row_has_its_cells(hostile: tuple[str, Report]) -> None:
     shown = printable(name)
     rows = cells(markdown.render(report))
     assert [shown, shown, shown, "3"] in rows
-    assert [shown, "MatMul", "int8", "float16", shown] in rows
+    assert [shown, "MatMul", "int8", "int8", "float16", shown] in rows
     assert ["input", shown, "int64", f"{shown} × ? × 3"] in rows
 
 

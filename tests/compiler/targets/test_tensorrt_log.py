@@ -107,6 +107,7 @@ def test_layers_have_their_types_and_sources() -> None:
             "dtype": "int8",
             "inputs": ["int8"],
             "outputs": ["float16"],
+            "product": "int8",
             "nodes": ["mm", "a[0]"],
         },
         {
@@ -115,9 +116,39 @@ def test_layers_have_their_types_and_sources() -> None:
             "dtype": "int64",
             "inputs": [],
             "outputs": ["int64"],
+            "product": "",
             "nodes": [],
         },
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "inputs", "product"),
+    [
+        ("conv_myl0_2", "correlation", ["Int8"], "int8"),
+        ("conv_myl0_2", "deconv", ["Half"], "float16"),
+        ("product_myl0_2", "gemm", ["FP8"], "float8_e4m3fn"),
+        ("product_myl0_2", "gemm", ["BFloat16", "Half"], "bfloat16"),  # the second is a residual
+        ("_gemm_mha_v2_myl0_7", "kgen", ["Half"], "float16"),
+        ("__myl_FcAddDivCastErfCastAddMulMul_myl0_11", "runtime_fusion", ["Half"], "float16"),
+        ("__myl_FcMulAdd_myl0_11", "runtime_fusion", ["Int8", "Half"], "int8"),
+        # an INT8 product that TensorRT-RTX 1.7 did in float16, and INT8 weights as it reads them
+        ("__myl_CastMulFc_myl0_3", "runtime_fusion", ["Int8", "Half"], "float16"),
+        ("__myl_CastMulCastFc_myl0_1", "runtime_fusion", ["Half"], "float16"),
+        ("__myl_CastMulFc_myl0_3", "runtime_fusion", ["Int8"], "float16"),  # as its output
+        ("__myl_MulMinMaxRounCast_myl0_1", "kgen", ["Half"], ""),
+        ("__myl_AddFcosMul_myl0_1", "kgen", ["Half"], ""),
+    ],
+)
+def test_the_type_that_a_layer_multiplies_in(name: str, kind: str, inputs: list[str], product: str) -> None:
+    tensors = ", ".join(
+        f"{{ Name: t{n}, Dimensions: [8,8], Datatype: {t}, Format: Row }}" for n, t in enumerate(inputs)
+    )
+    line = (
+        f"Name: {name}, LayerType: {kind}, Inputs: [ {tensors}], Constants: [], Outputs: [ {{ Name: y, Datatype: Half, "
+        "Format: Row }], TacticName: , StreamId: 0, Metadata: [ONNX Layer: a]"
+    )
+    assert layers(f"Layers:\n{line}\n\n")[0]["product"] == product
 
 
 def test_layers_that_cannot_all_be_read_are_refused() -> None:
