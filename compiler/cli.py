@@ -81,6 +81,7 @@ def compile_command(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output even if it is no artifact.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do everything anew, and keep nothing of it.")] = False,
     stop_after_rewrite: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Do no rewrite after number N.")
     ] = None,
@@ -115,6 +116,7 @@ def compile_command(
                 tokenizer=tokenizer,
                 offline=offline,
                 stop_after_rewrite=stop_after_rewrite,
+                cached=not no_cache,
                 listeners=_listeners(dump_passes, model, print_changed),
                 progress=progress,
             )

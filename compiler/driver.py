@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from llmc.compiler import data, pipeline, versions
 from llmc.compiler.artifact import artifact, check_place, write_manifest
+from llmc.compiler.cache import builds
 from llmc.compiler.cache.keys import key_of
-from llmc.compiler.cache.memory import NOTHING, Memory, open_memory
+from llmc.compiler.cache.memory import NOTHING, Memory, State, open_memory
 from llmc.compiler.cache.store import DamagedError
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.data import Samples
 from llmc.compiler.errors import BudgetError, InternalError, LlmcError, PrecisionError, TargetError
 from llmc.compiler.evidence import Given, evidence_place, keep_breach, keep_crash, keep_fallback
 from llmc.compiler.generation.tokenizer import copy_tokenizer
-from llmc.compiler.loaders import Loaded, load
+from llmc.compiler.loaders import Feeds, Loaded, load
 from llmc.compiler.loaders.tasks import TEXT_GENERATION
 from llmc.compiler.precision import Asked, fallbacks, some
 from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles
@@ -41,7 +43,7 @@ from llmc.compiler.targets import BuildRequest, Built, Profile, Progress, Target
 from llmc.compiler.targets.input_shapes import dynamic_dimensions
 from llmc.compiler.verification import Verifier, breaches
 from llmc.passes.base import Pass
-from llmc.passes.graph import Graph, Structure, save_model
+from llmc.passes.graph import Array, Graph, Structure, save_model
 
 
 def _quiet(_phase: str) -> None:
@@ -91,6 +93,8 @@ class Run:
     listeners: Sequence[pipeline.Listener] = ()
     stop_after_rewrite: int | None = None
     memory: Memory = NOTHING
+    cached: list[str] = field(default_factory=list)
+    """Steps that were found in the cache."""
     steps: list[PassReport] = field(default_factory=list)
     asked: Asked = field(default_factory=Asked)
     verification_seconds: dict[str, float] = field(default_factory=dict)
@@ -141,6 +145,7 @@ def plan(
     *,
     tokenizer: Path | None = None,
     offline: bool = False,
+    memory: Memory = NOTHING,
     progress: Progress = _quiet,
 ) -> Plan:
     """Load everything that a compile needs and check all that can be checked without building. Raises LlmcError."""
@@ -156,6 +161,7 @@ def plan(
         cache=recipe.model.cache,
         trust_remote_code=recipe.model.trust_remote_code,
         offline=offline,
+        memory=memory,
         progress=progress,
     )
     declare_inputs(loaded.graph, recipe)
@@ -193,7 +199,7 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
     with open_memory(cached) as memory:
         while True:
             with suppress(DamagedError):  # dropped by now: what it held is made anew
-                made = plan(source, recipe, tokenizer=tokenizer, offline=offline, progress=progress)
+                made = plan(source, recipe, tokenizer=tokenizer, offline=offline, memory=memory, progress=progress)
                 return _run(made, output, force, stop_after_rewrite, listeners, memory, progress)
 
 
@@ -207,21 +213,21 @@ def _run(
     progress: Progress,
 ) -> Report:
     started = time.perf_counter() - made.seconds["load"]
-    progress("running the source model")
-    reference = made.loaded.reference or Session(made.loaded.graph).run
-    verifier = Verifier.against(reference, made.verification, made.recipe.verify.metrics)
     loaded = pipeline.loaded(made.loaded.graph, memory, on_disk=made.loaded.kind == "onnx")
+    verifier = _verifier(made, loaded, memory, progress)
     run = Run(made, verifier, loaded.before, output, progress, listeners, stop_after_rewrite, memory)
+    run.cached += ["load"] if made.loaded.cached else []
     _record_load(run, loaded)
     try:
-        graph = _run_passes(run, loaded).graph
+        last = _run_passes(run, loaded)
     except pipeline.PassCrash as crash:
         raise _crashed(run, crash) from crash
     with artifact(output, force=force) as folder:
         model = folder / "model.onnx"
+        graph = last.graph
         save_model(graph, model)
         with run.timed("build"):
-            built = _build(made, graph, model, folder, progress)
+            built = _build(run, last.end, model, folder)
         report = _report(run, graph, _target_report(made, built, folder))
         _check_precision(run, graph, report)
         report.timings.total = time.perf_counter() - started
@@ -267,6 +273,20 @@ def _calibration(made: Plan, step: Pass) -> Samples:
 # Passes
 
 
+def _verifier(made: Plan, loaded: pipeline.Step, memory: Memory, progress: Progress) -> Verifier:
+    """Holds graphs against the source model, or the graph as loaded where the source cannot be run."""
+    source = made.loaded
+
+    @cache
+    def reference() -> Callable[[Feeds], Mapping[str, Array]]:
+        progress("running the source model")
+        return source.reference or Session(loaded.graph).run
+
+    ran = source.digest if source.reference else ""
+    about = (ran, source.task, loaded.end.digest, made.verification.digest, len(made.verification))
+    return Verifier(lambda feeds: reference()(feeds), made.verification, made.recipe.verify.metrics, memory, about)
+
+
 def _record_load(run: Run, step: pipeline.Step) -> None:
     """Step 0: the loaded graph against the source model, where the source can be run."""
     found = step.end.statistics
@@ -300,6 +320,8 @@ def _run_passes(run: Run, loaded: pipeline.Step) -> pipeline.Step:
     step = loaded
     for step in pipeline.run(loaded, passes, provider, begin, run.stop_after_rewrite, run.memory):
         run.plan.seconds[step.label] = step.seconds
+        if step.cached:
+            run.cached.append(step.label)
         line = _pass_report(step, run.plan.recipe)
         run.steps.append(line)
         run.asked.remember(step.result)
@@ -370,16 +392,24 @@ def _pass_report(step: pipeline.Step, recipe: Recipe) -> PassReport:
 # Target and report
 
 
-def _build(made: Plan, graph: Graph, model: Path, folder: Path, progress: Progress) -> Built:
+def _build(run: Run, final: State, model: Path, folder: Path) -> Built:
     """Check, then build; every reason against it in one TargetError."""
+    made, graph = run.plan, final.graph
     dynamic = dynamic_dimensions(graph)  # a pass may have fixed some: a static cache has one length
     profiles = [{name: sizes for name, sizes in profile.items() if name in dynamic} for profile in made.profiles]
     request = BuildRequest(profiles, made.recipe.target.compute_capabilities, made.recipe.target.workspace)
-    progress(f"checking for {made.target.kind}")
-    problems = made.target.check(graph, request)
-    if problems:
-        raise TargetError("\n".join(problems))
-    return made.target.build(model, folder, request, progress)
+
+    def build() -> Built:
+        run.progress(f"checking for {made.target.kind}")
+        problems = made.target.check(graph, request)
+        if problems:
+            raise TargetError("\n".join(problems))
+        return made.target.build(model, folder, request, run.progress)
+
+    built, cached = builds.recall(run.memory, final, made.target, request, folder, build)
+    if cached:
+        run.cached.append("build")
+    return built
 
 
 def _target_report(made: Plan, built: Built, folder: Path) -> TargetReport:
@@ -416,7 +446,7 @@ def _report(run: Run, graph: Graph, target: TargetReport | None) -> Report:
         target=target,
         warnings=[*loaded.notes, *made.warnings, *fallbacks(precision)],
         versions=versions.collect(loaded.kind, made.target.versions),
-        timings=Timings(total=0.0, steps=made.seconds, verification=run.verification_seconds),
+        timings=Timings(total=0.0, steps=made.seconds, verification=run.verification_seconds, cached=run.cached),
     )
 
 

@@ -18,7 +18,7 @@ from llmc.compiler.cache.collect import collect
 from llmc.compiler.cache.keys import key_of
 from llmc.compiler.cache.store import Record, Store
 from llmc.compiler.report.statistics import count_operators, weights_by_dtype
-from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values
+from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values, to_structure
 
 T = TypeVar("T")
 _LOGGER = logging.getLogger("llmc.cache")
@@ -153,6 +153,10 @@ class Memory:
             return self._state(store, GraphRef(model, weights))
 
         return self._write(write) or State(lambda: structure)
+
+    def digest(self, graph: Graph) -> str:
+        """Of a graph; '' where it is not to be known."""
+        return self.state(to_structure(graph)).digest if self.store else ""
 
     def find_state(self, kind: str, *parts: object) -> tuple[Mapping[str, Any], State] | None:
         """The record that `keep_state` wrote, and its graph."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.errors import LlmcError
 from llmc.passes.graph import Array, Graph
 
@@ -48,6 +49,8 @@ class Loaded:
     """Runs the source model itself (torch) on one set of inputs; what the graph is proved against."""
     notes: list[str] = field(default_factory=list)
     """What the user should know about how it was loaded."""
+    cached: bool = False
+    """Whether it was found in the cache, not exported."""
 
 
 def load(
@@ -58,13 +61,14 @@ def load(
     cache: Cache = "growing",
     trust_remote_code: bool = False,
     offline: bool = False,
+    memory: Memory = NOTHING,
     progress: Progress = lambda _: None,
 ) -> Loaded:
     """Load an ONNX file, a folder with `model.onnx`, a Hugging Face or sentence-transformers folder, or a hub id.
 
     `task` and `opset` say what a Hugging Face model is exported as and at (by default what its configuration
     and the exporter's state call for), `cache` whether a decoder takes and gives the keys and values of earlier
-    tokens. `offline` uses only what the hub's cache holds, as HF_HUB_OFFLINE does.
+    tokens. `offline` uses only what the hub's cache holds, as HF_HUB_OFFLINE does; `memory` may know the export.
     Raises LlmcError with the reason for everything that cannot be loaded.
     """
     path = Path(source).expanduser()
@@ -87,7 +91,13 @@ def load(
         progress(f"fetching {source}")
         path = fetch(source, offline=offline)
     loaded = load_huggingface(
-        path, task=task, opset=opset, cache=cache, trust_remote_code=trust_remote_code, progress=progress
+        path,
+        task=task,
+        opset=opset,
+        cache=cache,
+        trust_remote_code=trust_remote_code,
+        memory=memory,
+        progress=progress,
     )
     if fetched:
         loaded.name = source

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llmc.compiler.cache.keys import code_digest, environment
+from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import Cache, Loaded, Progress, digest_files
+from llmc.compiler.loaders import Cache, Feeds, Loaded, Progress, digest_files
 from llmc.compiler.loaders.checkpoint import Checkpoint, open_checkpoint
+from llmc.compiler.loaders.hub import SETTINGS
 from llmc.compiler.loaders.quiet import quiet
-from llmc.compiler.loaders.sentence_transformers import is_sentence_transformer, read_head, transformer_folder
+from llmc.compiler.loaders.sentence_transformers import Head, is_sentence_transformer, read_head, transformer_folder
 from llmc.compiler.loaders.tasks import SENTENCE_EMBEDDING, TASKS, check_task, infer_task, task_of
+from llmc.passes.graph import Array, Graph, to_structure
+
+if TYPE_CHECKING:
+    from llmc.compiler.loaders.signature import Signature
 
 
 def load_huggingface(
@@ -23,6 +32,7 @@ def load_huggingface(
     opset: int | None = None,
     cache: Cache = "growing",
     trust_remote_code: bool = False,
+    memory: Memory = NOTHING,
     progress: Progress = lambda _: None,
 ) -> Loaded:
     """Load a folder with config.json and .safetensors weights, or a sentence-transformers folder.
@@ -30,8 +40,9 @@ def load_huggingface(
     Inputs of text models are input_ids, attention_mask and, where the model tells segments apart, token_type_ids, all
     int64[batch, sequence]; of decoders with a `cache` also past_key_values.N.key and .value, [batch, heads,
     past_sequence, width], and an attention_mask over past and new tokens; of vision models pixel_values[batch,
-    channels, height, width], with a fixed image size and in the weights' dtype. Raises LlmcError with the reason
-    where the model cannot be loaded or exported.
+    channels, height, width], with a fixed image size and in the weights' dtype. An export that `memory` knows is not
+    made again, and torch then imported only where the source model is to run. Raises LlmcError with the reason where
+    the model cannot be loaded or exported.
     """
     pooled = is_sentence_transformer(folder)
     if task is not None:
@@ -40,47 +51,115 @@ def load_huggingface(
     task = task or infer_task(checkpoint.architecture, pooled)
     head = read_head(folder) if task == SENTENCE_EMBEDDING else None
     _require_torch(folder)
-    from llmc.compiler.loaders.signature import signature_of
-    from llmc.compiler.loaders.torch_export import export, run_torch
-
-    progress("reading weights")
-    model, missing = _load_model(checkpoint, task, trust_remote_code)
-    signature = signature_of(model, task, head, checkpoint.folder, cache)
-    exported = export(model, signature, task, opset, progress)
-    random = sorted(missing & exported.parameters)
-    if random:
-        raise LlmcError(
-            f"{checkpoint.folder} lacks weights that {type(model).__name__} needs for {task}, such as '{random[0]}' "
-            f"({len(random)} in all): it was saved from {checkpoint.architecture or 'another class'}"
-        )
+    model = _TorchModel(checkpoint, task, head, cache, trust_remote_code, progress)
+    wanted = (task, opset, cache)
+    remembered = _Exports(NOTHING if trust_remote_code else memory, folder, wanted)  # code from elsewhere is in no key
+    about, graph, cached = remembered.recall(lambda: _export(model, opset))
     tokenizer = next((place for place in (folder, checkpoint.folder) if (place / "tokenizer.json").is_file()), None)
     settings = [checkpoint.folder / "config.json", *(head.files if head else ())]
     files = [*settings, *checkpoint.weights, *([tokenizer / "tokenizer.json"] if tokenizer else [])]
     return Loaded(
-        graph=exported.graph,
+        graph=graph,
         kind="huggingface",
         name=folder.resolve().name,
         digest=digest_files({file.relative_to(folder).as_posix(): file for file in files}),
         task=task,
-        exporter=f"torch.onnx dynamo, {exported.rung}",
-        limits=signature.limits,
-        vocabulary=signature.bounds.get("input_ids"),
+        exporter=about["exporter"],
+        limits=about["limits"],
+        vocabulary=about["vocabulary"],
         tokenizer=tokenizer,
-        reference=partial(run_torch, model, signature),
-        notes=[*_dtype_notes(checkpoint), *signature.notes],
+        reference=model.run,
+        notes=[*_dtype_notes(checkpoint), *about["notes"]],
+        cached=cached,
     )
 
 
 def _require_torch(folder: Path) -> None:
-    try:
+    for name in ("onnxscript", "torch", "transformers"):
+        if find_spec(name) is None:
+            raise LlmcError(
+                f"{folder} is a Hugging Face model, and reading it needs {name}: pip install 'llmc-compiler[hf]'"
+            )
+
+
+@dataclass
+class _TorchModel:
+    """The source model, read when it is needed first."""
+
+    checkpoint: Checkpoint
+    task: str
+    head: Head | None
+    cache: Cache
+    trust_remote_code: bool
+    progress: Progress
+
+    @cached_property
+    def loaded(self) -> tuple[Any, frozenset[str]]:
+        """The torch model, ready for inference, and the names of what the checkpoint did not have."""
+        self.progress("reading weights")
         with quiet():
             import onnxscript  # noqa: F401
-            import torch  # noqa: F401
-            import transformers  # noqa: F401
-    except ImportError as error:
+        return _load_model(self.checkpoint, self.task, self.trust_remote_code)
+
+    @cached_property
+    def signature(self) -> Signature:
+        """Its inputs and outputs."""
+        from llmc.compiler.loaders.signature import signature_of
+
+        return signature_of(self.loaded[0], self.task, self.head, self.checkpoint.folder, self.cache)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run it on one set of inputs."""
+        from llmc.compiler.loaders.torch_export import run_torch
+
+        return run_torch(self.loaded[0], self.signature, feeds)
+
+
+def _export(source: _TorchModel, opset: int | None) -> tuple[dict[str, Any], Graph]:
+    """What is known of the model beside its files, and its graph."""
+    from llmc.compiler.loaders.torch_export import export
+
+    model, missing = source.loaded
+    checkpoint, signature = source.checkpoint, source.signature
+    exported = export(model, signature, source.task, opset, source.progress)
+    random = sorted(missing & exported.parameters)
+    if random:
         raise LlmcError(
-            f"{folder} is a Hugging Face model, and reading it needs {error.name}: pip install 'llmc-compiler[hf]'"
-        ) from error
+            f"{checkpoint.folder} lacks weights that {type(model).__name__} needs for {source.task}, such as "
+            f"'{random[0]}' ({len(random)} in all): it was saved from {checkpoint.architecture or 'another class'}"
+        )
+    about = {
+        "exporter": f"torch.onnx dynamo, {exported.rung}",
+        "limits": signature.limits,
+        "vocabulary": signature.bounds.get("input_ids"),
+        "notes": list(signature.notes),
+    }
+    return about, exported.graph
+
+
+@dataclass(frozen=True)
+class _Exports:
+    """Earlier exports of a folder: found by all of its files that a model can be made of, and how it is wanted."""
+
+    memory: Memory
+    folder: Path
+    wanted: tuple[object, ...]
+
+    def recall(self, make: Callable[[], tuple[dict[str, Any], Graph]]) -> tuple[Mapping[str, Any], Graph, bool]:
+        """What `make` gives, or gave before; and whether that was before."""
+        if self.memory.store is None:
+            return *make(), False
+        patterns = (*SETTINGS, "*.safetensors")
+        files = {file.relative_to(self.folder).as_posix(): file for p in patterns for file in self.folder.rglob(p)}
+        code = code_digest("llmc.compiler.loaders.torch_export"), code_digest(__name__)
+        parts = (digest_files(files), self.wanted, code, environment("huggingface"))
+        found = self.memory.find_state("load", *parts)
+        if found is not None:
+            return found[0]["about"], found[1].graph, True
+        about, graph = make()
+        state = self.memory.state(to_structure(graph))
+        self.memory.keep_state("load", parts, {"about": about}, state)
+        return about, state.graph, False
 
 
 def _load_model(checkpoint: Checkpoint, task: str, trust_remote_code: bool) -> tuple[Any, frozenset[str]]:

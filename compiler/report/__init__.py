@@ -154,6 +154,7 @@ class Timings(Part):
     verification: dict[str, float] = Field(
         default_factory=dict, description="Step → seconds of steps['verify'] that went to verifying it."
     )
+    cached: list[str] = Field(default_factory=list, description="Steps that were not run, but found in the cache.")
 
 
 class Report(Part):

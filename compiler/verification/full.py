@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
+from llmc.compiler.cache import outputs
+from llmc.compiler.cache.keys import code_digest, environment
+from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.loaders import Feeds
 from llmc.compiler.recipe.sections import METRICS, Metric
 from llmc.compiler.report import OutputNumerics
@@ -13,26 +16,43 @@ from llmc.compiler.verification.metrics import compare
 from llmc.passes.graph import Array, Graph
 
 
-@dataclass
 class Verifier:
-    """Compares graphs with a reference on fixed samples; the reference's outputs are computed once."""
+    """Compares graphs with a reference on fixed samples. The reference runs once, and only where that is needed."""
 
-    samples: Sequence[Feeds]
-    expected: Sequence[Mapping[str, Array]]
-    metrics: Sequence[Metric] = METRICS
-
-    @classmethod
-    def against(
-        cls,
+    def __init__(
+        self,
         reference: Callable[[Feeds], Mapping[str, Array]],
         samples: Iterable[Feeds],
         metrics: Sequence[Metric] = METRICS,
-    ) -> Verifier:
-        """A verifier whose truth is what `reference` makes of the samples."""
-        held = list(samples)
-        return cls(held, [reference(sample) for sample in held], metrics)
+        memory: Memory = NOTHING,
+        about: Sequence[object] = (),
+    ) -> None:
+        """`about` is all that the reference and the samples depend on: what is found in `memory` by."""
+        self._reference = reference
+        self._given = samples
+        self._metrics = metrics
+        self._memory = memory
+        self._about = (*about, code_digest(__name__) if memory.store else "", environment())
+
+    @cached_property
+    def samples(self) -> Sequence[Feeds]:
+        """The inputs of each run."""
+        return list(self._given)
+
+    @cached_property
+    def expected(self) -> Sequence[Mapping[str, Array]]:
+        """What the reference makes of the samples."""
+        return outputs.recall(self._memory, self._about, lambda: [dict(self._reference(s)) for s in self.samples])
 
     def measure(self, graph: Graph) -> list[OutputNumerics]:
         """Run `graph` over the samples (ONNX Runtime, optimizations off) and compare every output."""
+        digest = self._memory.digest(graph)
+        parts = (digest, self._metrics, *self._about)
+        found = self._memory.find("numerics", *parts) if digest else None
+        if found is not None:
+            return [OutputNumerics.model_construct(**line) for line in found.value["outputs"]]
         session = Session(graph)
-        return compare(zip(self.expected, map(session.run, self.samples), strict=True), self.metrics)
+        numerics = compare(zip(self.expected, map(session.run, self.samples), strict=True), self._metrics)
+        if digest:
+            self._memory.keep("numerics", parts, {"outputs": [dict(line) for line in numerics]})
+        return numerics
