@@ -226,6 +226,27 @@ def generate_command(
     typer.echo(str(generator.speed), err=True)
 
 
+@app.command("eval")
+def eval_command(
+    artifact: Annotated[
+        Path, typer.Argument(metavar="ARTIFACT", help="Of a decoder; or its ONNX file.", show_default=False)
+    ],
+    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="UTF-8 text to predict.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare logits and greedy answers with it.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens that are predicted from each other.")] = 256,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="In place of the artifact's own.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a compiled decoder: perplexity of a text, and how far it is from its source."""
+    from llmc.compiler.generation.evaluate import evaluate, render
+
+    with _progress() as progress:
+        found = evaluate(artifact, text, window=window, against=against, tokenizer=tokenizer, progress=progress)
+    _print(found.model_dump(mode="json"), as_json, lambda console: render(found, console))
+
+
 @app.command("inspect")
 def inspect_command(
     path: Annotated[Path, typer.Argument(metavar="MODEL|ENGINE|ARTIFACT", show_default=False)],
