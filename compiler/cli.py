@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-INTERRUPTED = 130
+BROKEN, INTERRUPTED = 3, 130
 INTERRUPTION = "interrupted; nothing half-built was left behind"
 app = typer.Typer(
     name="llmc",
@@ -142,6 +142,75 @@ def _listeners(dump: Path | None, model: str, print_changed: bool) -> list[Calla
     if print_changed:
         found.append(ChangePrinter(_error_console()))
     return found
+
+
+@app.command("bisect")
+def bisect_command(
+    given: Annotated[
+        str, typer.Argument(metavar="MODEL|ARTIFACT", help="A model, or what a compile left.", show_default=False)
+    ],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A recipe.  [default: the artifact's]", show_default=False)
+    ] = None,
+    source: Annotated[str | None, typer.Option(metavar="MODEL", help="What the artifact was made of.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="cosine, sqnr_db, max_abs or relative_l2.  [default: the recipe's budgets]")
+    ] = None,
+    at_least: Annotated[float | None, typer.Option(metavar="X", help="What cosine or sqnr_db must reach.")] = None,
+    at_most: Annotated[float | None, typer.Option(metavar="X", help="What max_abs or relative_l2 may reach.")] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="Rank the layers of INT8 and FP16 passes by what each alone costs.")
+    ] = False,
+    scan: Annotated[
+        bool, typer.Option("--scan", help="Measure after every rewrite instead of bisecting: slow, and sure.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the findings go.  [default: build/RECIPE.blame]")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for compile.")] = None,
+    calibration: Annotated[Path | None, typer.Option(metavar="DATA", help="As for compile.")] = None,
+    verify_inputs: Annotated[Path | None, typer.Option(metavar="DATA", help="As for compile.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="As for compile.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output even if it is no artifact.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the first rewrite that breaks a budget, the layer it is in, and the smallest graph that shows it.
+
+    Exit code 0 where no rewrite does, 3 where one is found.
+    """
+    from llmc.compiler.blame import bisect
+    from llmc.compiler.blame.subject import budget, resolve
+    from llmc.compiler.blame.terminal import render
+    from llmc.compiler.driver import plan, with_options
+
+    asked = budget(metric, at_least, at_most)
+    subject = resolve(given, recipe, source)
+    chosen = subject.recipe.with_settings(settings or [])
+    chosen = with_options(chosen, target="onnx", calibration=calibration, verify_inputs=verify_inputs)
+    place = output or Path("build") / f"{chosen.name}.blame"
+    with _progress() as progress:
+        made = plan(subject.model, chosen, tokenizer=tokenizer, offline=offline, progress=progress)
+        subject.check(made)
+        blame = bisect(made, place, budget=asked, sensitivity=sensitivity, scan=scan, force=force, progress=progress)
+    _print(blame.model_dump(mode="json"), as_json, lambda console: render(blame, console, place))
+    if blame.status != "holds":
+        raise typer.Exit(BROKEN)
+
+
+@app.command("reproduce")
+def reproduce_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A reproducer that bisect wrote.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """Run a reproducer: exit code 3 where the error is still there, 0 where it is not."""
+    from llmc.compiler.blame.reproducer import reproduce
+    from llmc.compiler.blame.terminal import render_reproduction
+
+    found = reproduce(folder)
+    _print(found.model_dump(mode="json"), as_json, lambda console: render_reproduction(found, console))
+    if found.breaches:
+        raise typer.Exit(BROKEN)
 
 
 @app.command("passes")

@@ -145,8 +145,11 @@ def extra_attributes(node: Node) -> list[onnx.AttributeProto]:
 def module_of(node: Node) -> str:
     """The source module of a node ('encoder.layer.3.attention'), '' where the exporter left none.
 
-    torch.onnx writes `pkg.torch.onnx.name_scopes`, a Python list of scopes from the model to the operator.
+    torch.onnx writes `pkg.torch.onnx.name_scopes`, a Python list of scopes from the model to the operator; its older
+    exporter names the node '/encoder/layer.3/attention/MatMul_1'.
     """
-    scopes = metadata(node).get("pkg.torch.onnx.name_scopes", "")
+    scopes = metadata(node).get("pkg.torch.onnx.name_scopes")
+    if scopes is None:
+        return ".".join(node.name.split("/")[1:-1]) if node.name.startswith("/") else ""
     names = [part.strip(" '\"[]") for part in scopes.split(",")]
     return next((name for name in reversed(names[:-1]) if name), "")
