@@ -151,7 +151,7 @@ class GrowthFollower:
                 raise NotStaticError(node, f"the number of elements of {called(node)} is not known")
             if not any(node is found for found in self.found.ranges):
                 self.found.ranges.append(node)
-        elif (node.op, index) in SIZES:
+        elif (node.op, index) in SIZES or (node.op == "Slice" and index == 2 and self._takes_all(node)):
             self.found.sizes.append((node, index))
         elif node.op in OF_NUMBERS and len(self.dims.values(node.inputs[index]) or ()) == 1:
             self.found.numbers.append((node, index))
@@ -202,12 +202,20 @@ class GrowthFollower:
             return True
         if node.op == "Gather":
             return grown == [0] and node.attrs.get("axis", 0) % rank not in axes
+        if node.op == "Slice" and self._takes_all(node):
+            return True
         if node.op == "Slice":
             sliced = attribute(node, "axes")
             return grown == [0] and sliced is not None and not {axis % rank for axis in sliced} & set(axes)
         if node.op == "Concat":
             return all(node.attrs["axis"] % rank not in self.found.axes[id(node.inputs[i])][1] for i in grown)
         return False
+
+    def _takes_all(self, node: Node) -> bool:
+        """Whether a Slice gives back all along one axis, from the first element on."""
+        shape = self.dims.of(node.inputs[0])
+        starts = self.dims.integers(node.inputs[1]) if len(node.inputs) > 2 else None
+        return shape is not None and shape == self.dims.of(node.outputs[0]) and starts == [0]
 
     def _stays(self, grown: tuple[Tensor, list[int]], result: Tensor) -> bool:
         """Whether a broadcast leaves the axes of the cache as long as they are."""

@@ -22,7 +22,7 @@ from llmc.passes.fuse.attention_match import (
     producer,
     single,
 )
-from llmc.passes.graph import Constant, Graph, Tensor, constant_source, constant_value, load_values
+from llmc.passes.graph import Array, Constant, Graph, Tensor, constant_source, constant_value, load_values
 from llmc.passes.pattern import Builder
 from llmc.passes.placement import Placement
 from llmc.passes.shapes.dimension import ONE, Shape
@@ -137,16 +137,19 @@ class MaskBuilder:
             moved = node.inputs[0]
         if producer(moved) is None and not isinstance(moved, Constant):
             return True
-        return any(_holds_infinity(source) for source in constants_behind(tensor))
+        return any(_holds(source, -np.inf) for source in constants_behind(tensor))
 
     def _tensor(self, meaning: _Meaning, dtype: Any) -> Tensor:
         """The mask that Attention takes: true for what is kept, or added to the scores."""
         tensor, drops = meaning.tensor, meaning.drops
         if meaning.kind == "boolean":
             return self._shared(("Not", id(tensor)), tensor, lambda op, t: op.Not(t)) if drops else tensor
+        zero, lowest = np.zeros((), dtype), np.asarray(_lowest(dtype) * HALVED, dtype)
+        if meaning.kind == "add" and any(_holds(source, _lowest(dtype)) for source in constants_behind(tensor)):
+            full = np.asarray(_lowest(dtype), dtype)
+            return self._shared(("halved", id(tensor)), tensor, partial(_halved, full, lowest))
         if meaning.kind == "add":
             return tensor
-        zero, lowest = np.zeros((), dtype), np.asarray(_lowest(dtype) * HALVED, dtype)
         values = (lowest, zero) if drops else (zero, lowest)
         key = ("Where", id(tensor), drops, str(dtype))
         return self._shared(key, tensor, lambda op, t: op.Where(t, *values), dtype)
@@ -155,7 +158,8 @@ class MaskBuilder:
         shape = self.dims.of(mask)
         if shape is None or len(shape) > len(scores):
             raise NotAttentionError(f"the rank of the mask '{mask.name}' is not known, or more than that of the scores")
-        for size, wanted in zip(reversed(shape), reversed(scores), strict=False):
+        # The last axis is 1 or as long as the values are many, whatever it is called, or the graph could not run.
+        for size, wanted in zip(shape[-2::-1], scores[-2::-1], strict=False):
             if size not in (ONE, wanted):
                 raise NotAttentionError(f"the mask '{mask.name}' {_text(shape)} may not broadcast to {_text(scores)}")
 
@@ -198,10 +202,20 @@ def _is_causal_bias(value: np.ndarray[Any, Any]) -> bool:
     return bool(np.all(value[lower] == 0) and np.all(value[~lower] <= MASKED))
 
 
-def _holds_infinity(source: Tensor) -> bool:
+def _halved(full: Array, half: Array, op: Any, tensor: Tensor) -> Tensor:
+    """Numbers to add of which none is the lowest one."""
+    test = op.Equal(tensor, full)
+    test.dtype = np.dtype(np.bool_)
+    return cast(Tensor, op.Where(test, half, tensor))
+
+
+def _holds(source: Tensor, number: float) -> bool:
+    """Whether a small floating-point constant has this number among its values, or a finite one's opposite."""
     if not isinstance(source, Constant) or source.dtype.kind not in "fV" or prod(source.shape) > 1 << 12:
         return False
-    return bool(np.isneginf(load_values(source).astype(np.float32)).any())
+    return bool(
+        np.isin(load_values(source).astype(np.float64), [number, -number if np.isfinite(number) else number]).any()
+    )
 
 
 def _lowest(dtype: Any) -> float:

@@ -41,9 +41,15 @@ class Dimension:
 
     @staticmethod
     def named(name: str) -> Dimension:
-        """What a model calls a size: exporters write sums of others as `past_sequence_length + sequence_length`."""
-        parts = (Dimension.of(int(part) if part.isdecimal() else part) for part in summands(name))
-        return reduce(Dimension.__add__, parts)
+        """What a model calls a size; a sum of others is one. A number in it is not believed.
+
+        Exporters write `past_sequence_length + sequence_length`, and mean it; optimum writes `past_sequence_length + 1`
+        where any number of tokens may follow.
+        """
+        parts = name.split(" + ")
+        if not all(part.isidentifier() for part in parts):
+            return Dimension.of(name)
+        return reduce(Dimension.__add__, map(Dimension.of, parts))
 
     @property
     def number(self) -> int | None:

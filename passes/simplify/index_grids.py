@@ -23,11 +23,17 @@ class Grid:
 
 
 def taken_whole(dims: Dimensions, node: Node) -> Tensor | None:
-    """The data of a Gather or GatherND whose result has all its elements, in their order; None for any other."""
+    """What has the elements of a node's result, all of them in their order; None where nothing is known to.
+
+    The data of a Gather or GatherND that takes everything; the updates of a ScatterND that replaces everything.
+    """
     data, indices = node.inputs[:2]
     before, shape = dims.of(data), dims.of(indices)
     if before is None or shape is None:
         return None
+    if node.op == "ScatterND":
+        replaced = node.attrs.get("reduction", "none") == "none" and _is_identity(dims, indices, before, shape)
+        return node.inputs[2] if replaced and dims.of(node.inputs[2]) == before else None
     if node.op == "GatherND":
         return data if _is_identity(dims, indices, before, shape) and not node.attrs.get("batch_dims", 0) else None
     if node.attrs.get("axis", 0) != 0 or not before or before[0].number is not None:
@@ -42,10 +48,12 @@ def _is_identity(dims: Dimensions, indices: Tensor, before: Shape, shape: Shape)
     node = indices.inputs[0] if indices.inputs else None
     if node is None or node.op != "Concat" or node.attrs["axis"] % len(shape) != len(shape) - 1:
         return False
-    if len(node.inputs) != len(before) or tuple(size for size in shape[:-1] if size != ONE) != before:
+    longer = [axis for axis, size in enumerate(shape[:-1]) if size != ONE]
+    if len(node.inputs) != len(before) or [shape[axis] for axis in longer] != [n for n in before if n != ONE]:
         return False
-    axes = [axis for axis, size in enumerate(shape[:-1]) if size != ONE]
-    for axis, part in zip(axes, node.inputs, strict=True):
+    axes = iter(longer)
+    for size, part in zip(before, node.inputs, strict=True):
+        axis = next(axes) if size != ONE else None
         steps = tuple(ONE if k == axis else ZERO for k in range(len(shape)))
         if dims.of(part) != (*shape[:-1], ONE) or _grid(dims, part) != Grid(steps, ZERO):
             return False
@@ -74,6 +82,10 @@ def _grid(dims: Dimensions, tensor: Tensor, far: int = FAR) -> Grid | None:
         return Grid(tuple(ZERO if axis in new else next(steps) for axis in range(len(shape))), grids[0].offset)
     if node.op in ("Cast", "Identity", "Expand"):
         return grids[0]
+    if node.op == "Slice":
+        return grids[0] if dims.of(node.inputs[0]) == shape else None
+    if node.op == "Reshape":
+        return _reshaped(grids[0], dims.of(node.inputs[0]), shape)
     if node.op == "Add":
         first, second = grids
         steps_of_sum = tuple(a + b for a, b in zip(first.steps, second.steps, strict=True))
@@ -81,6 +93,15 @@ def _grid(dims: Dimensions, tensor: Tensor, far: int = FAR) -> Grid | None:
     if node.op == "Mul":
         return _scaled(*grids)
     return None
+
+
+def _reshaped(grid: Grid, before: Shape | None, after: Shape) -> Grid | None:
+    """The same where a Reshape only puts axes of one element in, or takes them out."""
+    longer = [(size, step) for size, step in zip(before or (), grid.steps[-len(before or ()) :], strict=False)]
+    steps = iter([step for size, step in longer if size != ONE])
+    if before is None or [size for size, _ in longer if size != ONE] != [size for size in after if size != ONE]:
+        return None
+    return Grid(tuple(next(steps) if size != ONE else ZERO for size in after), grid.offset)
 
 
 def _aligned(grid: Grid, rank: int) -> Grid:

@@ -34,8 +34,8 @@ class SimplifyShapes(Pass):
     Symbolic dimensions are followed through Shape, Gather, Concat and arithmetic as polynomials: of x [b, s, 384],
     `Reshape(x, Concat(Gather(Shape(x), 0), Gather(Shape(x), 1), -1, 32))` → `Reshape(x, [0, 0, 12, 32])`. Reshape and
     Expand to the shape that is there go. Gather and GatherND of everything in its order, by an index grid made of
-    Ranges, become Reshape. Small integer tensors that turn out to be known become constants, and equal ones are
-    computed once. What only the removed nodes read is removed with them.
+    Ranges, become Reshape; ScatterND of everything becomes what it writes. Small integer tensors that turn out to be
+    known become constants, and equal ones are computed once. What only the removed nodes read is removed with them.
 
     **Safety:** exact, for inputs whose shapes agree with the names of their dimensions.
 
@@ -118,7 +118,7 @@ class _Simplifier:
         """Tensors that have all the node's elements in their order, farthest first."""
         if node.op == "Expand":
             return [node.inputs[0]]
-        if node.op in ("Gather", "GatherND"):
+        if node.op in ("Gather", "GatherND", "ScatterND"):
             whole = taken_whole(self.dims, node)
             found = [whole] if whole is not None else []
         else:

@@ -13,7 +13,7 @@ from llmc.passes.fuse.fuse_attention import FuseAttention
 from llmc.passes.graph import Array, Graph, copy_graph, to_model
 from llmc.passes.simplify.eliminate_dead import EliminateDead
 
-SIZES = {"B": 2, "S": 3, "T": 5}
+SIZES = {"B": 2, "S": 3, "T": 5, "U": 5}
 QKV = "float[B,4,S,8] q, float[B,4,T,8] k, float[B,4,T,8] v"
 HEAD = (
     "({inputs}) => (float[B,4,S,8] y) <float half = {{0.5}}, float root = {{0.35355339}}, float eight = {{2.8284271}}, "
@@ -99,6 +99,11 @@ FIRES: dict[str, tuple[str, dict[str, float], list[str]]] = {
     ),
     "mask of one row": (
         model(PLAIN + "c = Mul(s, root) b = Where(u, zero, low) m = Add(b, c) " + END, QKV + ", bool[B,1,1,T] u"),
+        {},
+        ["Concat", "Expand", "Shape", "Shape", "Where"],
+    ),
+    "mask whose columns are called something else": (
+        model(PLAIN + "c = Mul(s, root) b = Where(u, zero, low) m = Add(c, b) " + END, QKV + ", bool[B,1,S,U] u"),
         {},
         ["Concat", "Expand", "Shape", "Shape", "Where"],
     ),
@@ -262,8 +267,8 @@ LEAVES_ALONE = {
         "0.5 stands for masked scores: that leaves them some weight",
     ),
     "mask that may not broadcast": (
-        model(PLAIN + "b = Where(u, zero, low) m = Add(s, b) " + END, QKV + ", bool[B,1,S,U] u"),
-        "the mask 'u' [B, 1, S, U] may not broadcast to [B, 4, S, T]",
+        model(PLAIN + "b = Where(u, zero, low) m = Add(s, b) " + END, QKV + ", bool[B,1,U,T] u"),
+        "the mask 'u' [B, 1, U, T] may not broadcast to [B, 4, S, T]",
     ),
     "batches that may differ": (
         model(PLAIN.replace("s =", "m =") + END, "float[B,4,S,8] q, float[C,4,T,8] k, float[C,4,T,8] v"),
@@ -332,6 +337,20 @@ def test_a_row_masked_with_finite_numbers_stays_the_mean_of_the_values(parse: An
     given = feeds(graph) | {"u": np.zeros((2, 1, 3, 5), dtype=np.bool_)}
     mean = np.broadcast_to(given["v"].mean(axis=2, keepdims=True), (2, 4, 3, 8))
     np.testing.assert_allclose(Session(graph).run(given)["y"], mean, atol=1e-6)  # float32, five values
+
+
+def test_a_row_masked_with_the_lowest_number_added_is_as_it_was(parse: Any) -> None:
+    body = "one = Constant<value_float = 1.0>() n = Sub(one, u) b = Mul(n, low) m = Add(s, b) "
+    graph = parse(model(PLAIN + body + END, QKV + ", float[B,1,S,T] u"))
+    fused = copy_graph(graph)
+    FuseAttention().run(fused, Context())
+    assert Counter(n.op for n in fused.nodes)["Attention"] == 1
+    given = feeds(graph) | {"u": np.ones((2, 1, 3, 5), np.float32)}
+    given["u"][0, :, 1] = 0
+    given["u"][1, :, :, :2] = 0
+    expected = Session(graph).run(given)["y"]
+    np.testing.assert_allclose(expected[0, :, 1], given["v"][0].mean(axis=1), atol=1e-6)  # float32, five values
+    np.testing.assert_allclose(Session(fused).run(given)["y"], expected, atol=1e-5)
 
 
 # Heads

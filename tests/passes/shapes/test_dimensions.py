@@ -25,6 +25,11 @@ SHAPES = {
         "i = Constant<value_int = 1>() h = Shape(x) n = Gather(h, i) o = Constant<value_int = 0>() y = Range(o, n, i)",
         "[S]",
     ),
+    "length of a Range that begins elsewhere": (
+        "i = Constant<value_int = 1>() h = Shape(x) n = Gather(h, i) g = Shape(w) m = Gather(g, i) e = Add(n, m) "
+        "y = Range(m, e, i)",
+        "[S]",
+    ),
     "-1 in Expand of the legacy exporter": (
         "h = Shape(x) m = Constant<value_ints = [-1, -1, -1]>() e = Equal(h, m) o = Constant<value_ints = [1, 1, 1]>() "
         "t = Where(e, o, h) y = Expand(x, t)",
@@ -58,6 +63,12 @@ def test_follows_shapes(name: str, parse: Any) -> None:
     shape = Dimensions(graph).of(graph.outputs[0])
     assert shape is not None
     assert f"[{', '.join(map(str, shape))}]" == expected
+
+
+def test_a_name_that_is_a_sum_is_one() -> None:
+    assert Dimension.named("past + new") == Dimension.of("past") + Dimension.of("new")
+    assert Dimension.named("past + 1") == Dimension.of("past + 1"), "optimum writes it where more than one may follow"
+    assert Dimension.named("max(a, b) + c") == Dimension.of("max(a, b) + c")
 
 
 def test_arithmetic_is_that_of_polynomials() -> None:

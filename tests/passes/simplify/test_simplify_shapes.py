@@ -27,6 +27,16 @@ PAIRS = (
     "us = Unsqueeze(es, last) i = Concat<axis=-1>(ub, us) "
 )
 
+LEGACY = (
+    RANGES + "rs = Constant<value_ints = [-1,1]>() rb = Constant<value_ints = [-1,1,1,1]>() "
+    "one1 = Constant<value_ints = [1]>() "
+    "ax = Constant<value_ints = [1,2]>() e = Unsqueeze(m, ax) t = Concat<axis=0>(b, one1, s, s) u = Expand(e, t) "
+    "v = Sin(u) jb = Reshape(ib, rb) js = Reshape(is, rs) h = Shape(v) zero3 = Constant<value = int64[1,1,1] {0}>() "
+    "eb = Expand(jb, h) ez = Expand(zero3, h) es = Expand(js, h) et = Expand(is, h) ub = Unsqueeze(eb, last) "
+    "uz = Unsqueeze(ez, last) us = Unsqueeze(es, last) ut = Unsqueeze(et, last) "
+)
+"""v [B, 1, S, S], and the places of its elements as the legacy exporter writes them to assign to all."""
+
 
 def model(body: str, outputs: str) -> str:
     return HEAD.format(body=body, outputs=outputs)
@@ -83,6 +93,14 @@ FIRES = {
         {"Reshape": 1},
         [0, 1, 1, -1],
     ),
+    "ScatterND to everything": (
+        model(
+            LEGACY + "i = Concat<axis=-1>(ub, uz, us, ut) c = Cos(v) w = ScatterND(v, i, c) y = Relu(w)",
+            "float[B,1,S,S] y",
+        ),
+        {"Unsqueeze": 1, "Shape": 2, "Concat": 1, "Expand": 1, "Sin": 1, "Cos": 1, "Relu": 1},
+        None,
+    ),
     "Gather of everything, by row and column": (
         model(GRID + "f = Flatten<axis=2>(m) w = Mul(jb, s) i = Add(js, w) y = Gather(f, i)", "float[B,1,1,S,1] y"),
         {"Reshape": 1},
@@ -123,6 +141,14 @@ LEAVES_ALONE = {
     "gather in another order": model(
         GRID + PAIRS.replace("(ub, us)", "(us, ub)") + "y = GatherND(m, i)", "float[B,1,1,S] y"
     ),
+    "ScatterND that swaps rows and columns": model(
+        LEGACY + "i = Concat<axis=-1>(ub, uz, ut, us) c = Cos(v) y = ScatterND(v, i, c)",
+        "float[B,1,S,S] y",
+    ),
+    "ScatterND that adds": model(
+        LEGACY + 'i = Concat<axis=-1>(ub, uz, us, ut) c = Cos(v) y = ScatterND<reduction="add">(v, i, c)',
+        "float[B,1,S,S] y",
+    ),
     "gather of a part": model(
         "two = Constant<value = int64 {2}>() i = Range(none, two, one) y = Gather<axis=1>(m, i)",
         "float[B,2] y",
@@ -133,12 +159,15 @@ LEAVES_ALONE = {
 }
 
 
+SHAPED = ("Reshape", "Expand", "Gather", "GatherND", "ScatterND")
+
+
 @pytest.mark.parametrize("name", LEAVES_ALONE)
 def test_leaves_alone(name: str, parse: Any) -> None:
     graph = parse(LEAVES_ALONE[name])
-    before = [n.op for n in graph.nodes if n.op in ("Reshape", "Expand", "Gather", "GatherND")]
+    before = [n.op for n in graph.nodes if n.op in SHAPED]
     SimplifyShapes().run(graph, Context())
-    assert [n.op for n in graph.nodes if n.op in ("Reshape", "Expand", "Gather", "GatherND")] == before
+    assert [n.op for n in graph.nodes if n.op in SHAPED] == before
 
 
 def test_a_second_run_finds_nothing(parse: Any) -> None:
