@@ -16,6 +16,7 @@ import pytest
 
 from llmc.compiler import compile as run_compile
 from llmc.compiler.artifact import sha256
+from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import Report
 from llmc.compiler.session import Session
 from llmc.compiler.targets.engine_header import read
@@ -137,6 +138,18 @@ def test_fp16(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_
     assert cosines(tmp_path / "out", tokens, expected).min() >= 0.9999
     products = [layer for layer in report.precision if layer.op == "MatMul"]
     assert {(layer.found, layer.engine) for layer in products} == {("float16", "float16")}
+
+
+@pytest.mark.slow
+def test_bf16(directory: Path, tokens: list[dict[str, Array]], expected: Array, tmp_path: Path) -> None:
+    settings = ["target.kind=tensorrt-rtx", "target.compute_capabilities=[80, 86, 89, 120]"]
+    recipe = Recipe.load("bf16").with_settings([*settings, "verify.mode=final"])
+    report = run_compile(str(directory), recipe, tmp_path / "out")
+    check_engine(tmp_path / "out", report)
+    # 8 bits instead of the 11 of float16: eight times its error, which gives a cosine 64 times as far from 1
+    assert cosines(tmp_path / "out", tokens, expected).min() >= 0.9995
+    products = [layer for layer in report.precision if layer.op == "MatMul"]
+    assert {(layer.found, layer.engine) for layer in products} == {("bfloat16", "bfloat16")}
 
 
 def test_a_second_compile_gives_the_same_bytes(source: Any, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_the_python_of_the_readme(place: Path) -> None:
     run(f"{sys.executable} readme.py", place)
 
 
-@pytest.mark.parametrize("recipe", ["optimize", "fp16", "int8", "onnx-int8"])
+@pytest.mark.parametrize("recipe", ["optimize", "fp16", "bf16", "int8", "onnx-int8"])
 def test_every_shipped_recipe_builds_an_engine(recipe: str, place: Path) -> None:
     """The two for MiniLM are in test_minilm.py."""
     texts = "--calibration texts.txt" if "int8" in recipe else "--verify-inputs texts.txt"
@@ -107,5 +107,5 @@ def test_every_shipped_recipe_builds_an_engine(recipe: str, place: Path) -> None
 
 
 def test_no_shipped_recipe_is_left_out() -> None:
-    compiled = {"optimize", "fp16", "int8", "onnx-int8", "minilm-fp16", "minilm-int8"}
+    compiled = {"optimize", "fp16", "bf16", "int8", "onnx-int8", "minilm-fp16", "minilm-int8"}
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == compiled

@@ -1,4 +1,4 @@
-"""Gives float32 tensors of a graph the type float16, with Casts where the two meet."""
+"""Gives float32 tensors of a graph a type of 16 bits, with Casts where the two meet."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ from llmc.passes.graph import (
     rewire,
     scopes,
 )
-from llmc.passes.precision.float16 import ANY_TYPE, FILL, FLOAT, FLOAT16, LARGEST, Form, as_half
+from llmc.passes.precision.half import ANY_TYPE, FLOAT, Form, Half, as_half
 
 
 class Retyping:
     """One conversion of a graph, in place.
 
-    `half`: id of each node that is to compute in float16 → what of it changes. `masks`: ids of those whose numbers
-    below -65504 stand for minus infinity. `misfits`: ids of tensors that float16 cannot hold. `border`: ids of the
-    inputs and outputs of the graph that change too.
+    `forms`: id of each node that is to compute in `half` → what of it changes. `masks`: ids of those whose lowest
+    numbers stand for minus infinity. `misfits`: ids of tensors that `half` cannot hold. `border`: ids of the inputs and
+    outputs of the graph that change too.
     """
 
     def __init__(
         self,
         graph: Graph,
-        half: Mapping[int, Form],
+        half: Half,
+        forms: Mapping[int, Form],
         masks: Collection[int],
         misfits: Collection[int],
         border: Collection[int],
     ) -> None:
-        self.graph, self.half, self.masks, self.misfits, self.border = graph, half, masks, misfits, border
+        self.graph, self.half, self.forms = graph, half, forms
+        self.masks, self.misfits, self.border = masks, misfits, border
         self.given_back = outputs_of_scopes(graph)
         self.fresh = fresh_names(graph)
         self.converted: set[int] = set()
@@ -57,8 +59,8 @@ class Retyping:
             if id(tensor) in self.border and onnx_dtype(tensor) == FLOAT and id(tensor) not in self.misfits:
                 self._convert(tensor)
         for node in self.graph.nodes:
-            if id(node) in self.half:
-                self._retype_results(node, self.half[id(node)])
+            if id(node) in self.forms:
+                self._retype_results(node, self.forms[id(node)])
         self._retype_border()
         rewire(list(self._edges()))
         self._keep_names()
@@ -69,37 +71,37 @@ class Retyping:
         self._drop_idle_casts()
 
     def _convert(self, tensor: Variable) -> None:
-        tensor.dtype = np.dtype(np.float16)
+        tensor.dtype = self.half.numpy
         self.converted.add(id(tensor))
 
     def _retype_results(self, node: Node, form: Form) -> None:
-        """Let a node make float16, under a new name where the old one belongs to a float32 output."""
+        """Let a node make 16 bits, under a new name where the old one belongs to a float32 output."""
         if node.op == "Cast":
-            node.attrs["to"] = FLOAT16
+            node.attrs["to"] = self.half.dtype
         if node.op == "DequantizeLinear" and node.attrs.get("output_dtype"):
-            node.attrs["output_dtype"] = FLOAT16
+            node.attrs["output_dtype"] = self.half.dtype
         if node.op == "ConstantOfShape":
             value = node.attrs.get("value", Constant("value", np.zeros(1, np.float32)))
-            node.attrs["value"] = as_half(value, value.name, self._floor(node))
+            node.attrs["value"] = as_half(value, value.name, self.half, self._floor(node))
         for index in form.outputs:
             tensor = node.outputs[index]
             if id(tensor) in self.given_back and id(tensor) not in self.border:
-                self._convert(self._cast_back(node, index, FLOAT16))
+                self._convert(self._cast_back(node, index, self.half.dtype))
             else:
                 self._convert(tensor)
 
     def _retype_border(self) -> None:
-        """Let float32 results that are outputs of the graph be cast to float16."""
+        """Let float32 results that are outputs of the graph be cast to 16 bits."""
         for tensor in {id(t): t for t in self.graph.outputs if id(t) in self.border}.values():
             if tensor.inputs and onnx_dtype(tensor) == FLOAT and id(tensor) not in self.misfits:
                 node = tensor.inputs[0]
                 self._cast_back(node, next(i for i, t in enumerate(node.outputs) if t is tensor), FLOAT)
-                tensor.dtype = np.dtype(np.float16)
+                tensor.dtype = self.half.numpy
 
     def _cast_back(self, node: Node, index: int, dtype: int) -> Variable:
         """Let the node make a new tensor of type `dtype`, of which the old one, an output, becomes a Cast."""
         tensor = node.outputs[index]
-        other = FLOAT if dtype == FLOAT16 else FLOAT16
+        other = FLOAT if dtype == self.half.dtype else self.half.dtype
         made = Variable(self.fresh(f"{tensor.name}_{numpy_dtype(dtype).name}"), numpy_dtype(dtype), tensor.shape)
         node.outputs[index] = made
         replace_uses(tensor, made)
@@ -118,10 +120,10 @@ class Retyping:
         """What each node reads from now on, where that changes."""
         for scope in scopes(self.graph):
             for node in scope.nodes:
-                form = self.half.get(id(node))
+                form = self.forms.get(id(node))
                 for index, tensor in enumerate(node.inputs):
                     if form is not None and index in form.inputs:
-                        new = self._as_type(tensor, FLOAT16, node)
+                        new = self._as_type(tensor, self.half.dtype, node)
                     elif id(tensor) in self.converted and index not in ANY_TYPE.get(node.op, ()):
                         new = self._as_type(tensor, FLOAT, node)
                     else:
@@ -134,7 +136,10 @@ class Retyping:
         if isinstance(tensor, Constant):
             key = id(tensor), self._floor(user)
             if key not in self.constants:
-                self.constants[key] = tensor, as_half(tensor, self.fresh(f"{tensor.name}_float16"), key[1])
+                self.constants[key] = (
+                    tensor,
+                    as_half(tensor, self.fresh(f"{tensor.name}_{self.half.name}"), self.half, key[1]),
+                )
             return self.constants[key][1]
         if onnx_dtype(tensor) == dtype:
             return tensor
@@ -146,7 +151,7 @@ class Retyping:
         return self.casts[id(tensor), dtype]
 
     def _floor(self, user: Node) -> float:
-        return FILL if id(user) in self.masks else -LARGEST
+        return self.half.fill if id(user) in self.masks else -self.half.largest
 
     def _keep_names(self) -> None:
         """Let a converted constant have the name of the one that nothing reads any more."""

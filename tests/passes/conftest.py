@@ -14,22 +14,30 @@ from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger, Pass, PassResult
 from llmc.passes.graph import Array, Graph, copy_graph, onnx_dtype, to_model
 from llmc.passes.precision.convert_fp16 import ConvertFp16
+from llmc.passes.precision.convert_half import ConvertHalf
 
 
 @pytest.fixture(scope="session")
 def convert() -> Callable[..., PassResult]:
-    """Run convert-fp16 with activations measured on `feeds`, and check that what it leaves is valid."""
+    """Run convert-fp16, or another `kind` of it, with activations of `feeds`; what it leaves must be valid."""
 
     def convert(
-        graph: Graph, feeds: Mapping[str, Array] | None = None, stop_after: int | None = None, **settings: Any
+        graph: Graph,
+        feeds: Mapping[str, Array] | None = None,
+        stop_after: int | None = None,
+        kind: type[ConvertHalf] = ConvertFp16,
+        **settings: Any,
     ) -> PassResult:
         activations = None if feeds is None else SampledActivations([feeds])
-        result = ConvertFp16(**settings).run(graph, Context(Ledger(stop_after), activations))
+        before = {node.name for node in graph.nodes}
+        result = kind(**settings).run(graph, Context(Ledger(stop_after), activations))
         onnx.checker.check_model(to_model(graph), full_check=True)
         casts = [node for node in graph.nodes if node.op == "Cast"]
         assert not any(onnx_dtype(c.inputs[0]) == onnx_dtype(c.outputs[0]) for c in casts), "a Cast that does nothing"
         ends = [(id(c.inputs[0]), c.attrs["to"]) for c in casts]
         assert len(set(ends)) == len(ends), "two Casts that do the same"
+        new = [cast for cast in casts if cast.name not in before]
+        assert not [cast for cast in new if any(n.op == "Cast" for n in cast.outputs[0].outputs)], "there and back"
         return result
 
     return convert

@@ -24,7 +24,7 @@ from llmc.passes.graph import (
     onnx_dtype,
 )
 from llmc.passes.precision.convert_fp16 import ConvertFp16
-from llmc.passes.precision.float16 import KEPT_FROM
+from llmc.passes.precision.half import KEPT_FROM
 
 FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 

@@ -12,7 +12,7 @@ from llmc.passes.graph import (
     constants,
     load_values,
 )
-from llmc.passes.precision.float16 import FILL
+from llmc.passes.precision.half import FLOAT16
 
 ROUNDING = 2.0**-11
 """Relative error of one rounding to float16."""
@@ -144,6 +144,7 @@ def test_what_is_not_finite_stays(parse: Any, convert: Any) -> None:
 
 # Masks
 
+FILL = FLOAT16.fill
 SCORES = "float[N,4,4] s, float[N,1,4] m"
 MASKS = {
     "added, by product": ("{ i = Sub(one, m) f = Mul(i, c) a = Add(s, f) y = Softmax(a) }", -3.4e38, FILL),

@@ -1,9 +1,10 @@
-"""What float16 can hold, and which operators have a float16 form."""
+"""What float16 and bfloat16 can hold, and which operators have a form in them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,62 +17,91 @@ from llmc.passes.graph import (
     Tensor,
     constant_bytes,
     load_values,
+    numpy_dtype,
     onnx_dtype,
 )
 from llmc.passes.simplify.evaluate import RANDOM
 
-FLOAT, FLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
-LARGEST = 65504.0
-SMALLEST = 2.0**-14
-"""Below it, float16 loses bits: it is the smallest normal number."""
-FILL = -LARGEST / 4
-"""Stands for minus infinity where scores are added to it: exp gives 0, and no sum of up to three masks with a score
-overflows to the infinity that would make a row of NaN."""
+FLOAT = onnx.TensorProto.FLOAT
+
+
+@dataclass(frozen=True)
+class Half:
+    """A type of 16 bits that float32 tensors become."""
+
+    dtype: int
+    """As ONNX numbers it."""
+    largest: float
+    smallest: float
+    """The smallest normal number: below it, bits are lost."""
+    whole: int
+    """Whole numbers up to here are exact."""
+    opset: int
+    """From which all operators have it that ever will: graphs are raised to it where theirs lacks a form."""
+
+    @property
+    def name(self) -> str:
+        """'float16' or 'bfloat16'."""
+        return self.numpy.name
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        return numpy_dtype(self.dtype)
+
+    @property
+    def fill(self) -> float:
+        """Stands for minus infinity where scores are added to it: exp gives 0, and no sum of up to three masks with a
+        score overflows to the infinity that would make a row of NaN."""
+        return -self.largest / 4
+
+
+FLOAT16 = Half(onnx.TensorProto.FLOAT16, largest=65504.0, smallest=2.0**-14, whole=2048, opset=19)
+BFLOAT16 = Half(onnx.TensorProto.BFLOAT16, largest=3.3895313892515355e38, smallest=2.0**-126, whole=256, opset=22)
 COARSE = 2.0**-8
 """Relative error of a quantization scale that is too much: half a step of INT8 at the far end of its range."""
 UNKNOWN = 2.0**-4
-"""Relative error at which float16 says little about a number any more: fewer than four bits of it are left."""
+"""Relative error at which 16 bits say little about a number any more: fewer than four of its own are left."""
 KEPT_FROM = 1 << 20
 """Bytes from which converted weights are computed again whenever they are read, instead of being held in memory."""
 
 NEEDS_FLOAT32 = {
-    "AffineGrid": "it computes coordinates, float16 holds those above 2048 to whole pixels only",
+    "AffineGrid": "it computes coordinates, {half} holds those above {whole} to whole pixels only",
     "BitCast": "it reads the bits of float32",
     "CumProd": "it multiplies along a whole axis",
-    "CumSum": "it counts along a whole axis, float16 stops counting at 2048",
+    "CumSum": "it counts along a whole axis, {half} stops counting at {whole}",
     "DFT": "it adds up a whole signal",
     "EyeLike": "its type is an attribute of it",
-    "GridSample": "it reads coordinates, float16 holds those above 2048 to whole pixels only",
-    "RoiAlign": "it reads coordinates, float16 holds those above 2048 to whole pixels only",
+    "GridSample": "it reads coordinates, {half} holds those above {whole} to whole pixels only",
+    "RoiAlign": "it reads coordinates, {half} holds those above {whole} to whole pixels only",
     "STFT": "it adds up a whole signal",
     **dict.fromkeys(RANDOM, "its type is an attribute of it"),
 }
-"""Operators that stay, though they have a float16 form, and why."""
+"""Operators that stay, though they have a form of 16 bits, and why."""
 LEFT_INPUTS = {"Resize": {1, 2}, "Upsample": {1}}
 """Inputs that stay float32 beside converted data: scales and regions."""
 ANY_TYPE = {"Cast": {0}, "CastLike": {0}, "Shape": {0}, "Size": {0}}
 """Inputs that may have another float type without changing anything else."""
 FREE = {"Cast", "ConstantOfShape"}
-"""Operators whose result may be made float16 without any input that is; others of that kind name their type."""
+"""Operators whose result may be made of 16 bits without any input that is; others of that kind name their type."""
 SQUARES = {"InstanceNormalization", "LpNormalization", "MeanVarianceNormalization", "ReduceL2"}
 """Operators that square their first input on the way to a smaller result."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """Positions of the inputs and outputs of a node that are float32 and become float16 with it."""
+    """Positions of the inputs and outputs of a node that are float32 and become 16 bits wide with it."""
 
     inputs: frozenset[int]
     outputs: frozenset[int]
 
 
-def half_form(node: Node, opset: int) -> Form | str | None:
-    """The node's float16 form, why it has none, or None where it has no float32 tensor that matters to it."""
+def half_form(node: Node, opset: int, half: Half) -> Form | str | None:
+    """The node's form in `half`, why it has none, or None where it has no float32 tensor that matters to it."""
     domain = "" if node.domain in (None, "ai.onnx") else node.domain
     single = [t for t in (*node.inputs, *node.outputs) if t.name and onnx_dtype(t) == FLOAT]
     if not single:
         return None
-    signature = _signature(node.op, domain, opset)
+    signature = _signature(node.op, domain, opset, half.name)
     if signature is None:
         return f"operators of domain '{domain}' are not known here" if domain else f"ONNX has no {node.op}-{opset}"
     since, formal_inputs, formal_outputs = signature
@@ -81,7 +111,7 @@ def half_form(node: Node, opset: int) -> Form | str | None:
     outputs = _positions(node.outputs, formal_outputs)
     if not inputs and not outputs:
         matters = any(onnx_dtype(t) == FLOAT and i not in loose for i, t in enumerate(node.inputs))
-        return f"{node.op}-{since} has no float16 form" if matters or _gives_float(node) else None
+        return f"{node.op}-{since} has no {half.name} form" if matters or _gives_float(node) else None
     if node.op in ("ScatterElements", "ScatterND") and node.attrs.get("reduction", "none") != "none":
         return "it adds up any number of values"
     unknown = next((t.name for t in (*node.inputs, *node.outputs) if t.name and not onnx_dtype(t)), None)
@@ -97,7 +127,7 @@ def _gives_float(node: Node) -> bool:
 
 
 def _positions(tensors: list[Tensor], formal: tuple[bool, ...]) -> set[int]:
-    """Where a float32 tensor stands in a place that takes float16 too; the last formal place may repeat."""
+    """Where a float32 tensor stands in a place that takes 16 bits too; the last formal place may repeat."""
     return {
         i
         for i, tensor in enumerate(tensors)
@@ -106,8 +136,8 @@ def _positions(tensors: list[Tensor], formal: tuple[bool, ...]) -> set[int]:
 
 
 @cache
-def _signature(op: str, domain: str, opset: int) -> tuple[int, tuple[bool, ...], tuple[bool, ...]] | None:
-    """The version of the operator, and for each input and output whether it may be float16; None if ONNX has none."""
+def _signature(op: str, domain: str, opset: int, half: str) -> tuple[int, tuple[bool, ...], tuple[bool, ...]] | None:
+    """The version of the operator, and for each input and output whether it may be `half`; None if ONNX has none."""
     version = opset if not domain else onnx.defs.onnx_opset_version()
     if not onnx.defs.has(op, version, domain):
         return None
@@ -115,30 +145,30 @@ def _signature(op: str, domain: str, opset: int) -> tuple[int, tuple[bool, ...],
     allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
 
     def takes(parameters: list[onnx.defs.OpSchema.FormalParameter]) -> tuple[bool, ...]:
-        return tuple("tensor(float16)" in allowed.get(p.type_str, [p.type_str]) for p in parameters)
+        return tuple(f"tensor({half})" in allowed.get(p.type_str, [p.type_str]) for p in parameters)
 
     return schema.since_version, takes(list(schema.inputs)), takes(list(schema.outputs))
 
 
-def misfit(constant: Constant, *, scale: bool = False) -> str:
-    """Why float16 cannot stand for the constant's float32 values, '' where it can; `scale`s must be more exact."""
+def misfit(constant: Constant, half: Half, *, scale: bool = False) -> str:
+    """Why `half` cannot stand for the constant's float32 values, '' where it can; `scale`s must be more exact."""
     values = _finite(load_values(constant))
     if not values.size:
         return ""
     largest = magnitude(values)
-    if largest > LARGEST:
-        return f"its constant '{constant.name}' reaches {largest:.4g}, float16 ends at {LARGEST:.0f}"
-    if _error(np.array([largest], np.float32)) > UNKNOWN:
-        return f"its constant '{constant.name}' is {largest:.4g}, too small for float16"
-    if scale and _error(values) > COARSE:
-        return f"its scale '{constant.name}' goes down to {np.min(np.abs(values)):.4g}, too coarse in float16"
+    if largest > half.largest:
+        return f"its constant '{constant.name}' reaches {largest:.4g}, {half.name} ends at {half.largest:.5g}"
+    if _error(np.array([largest], np.float32), half) > UNKNOWN:
+        return f"its constant '{constant.name}' is {largest:.4g}, too small for {half.name}"
+    if scale and _error(values, half) > COARSE:
+        return f"its scale '{constant.name}' goes down to {np.min(np.abs(values)):.4g}, too coarse in {half.name}"
     return ""
 
 
-def is_fill(constant: Constant) -> bool:
+def is_fill(constant: Constant, half: Half) -> bool:
     """Whether the constant holds numbers that stand for minus infinity, and none too large otherwise."""
     values = load_values(constant)
-    return bool(values.size and np.min(values) < -LARGEST and np.max(values) <= LARGEST)
+    return bool(values.size and np.min(values) < -half.largest and np.max(values) <= half.largest)
 
 
 def lowest_finite(constant: Constant) -> float:
@@ -151,26 +181,26 @@ def magnitude(values: Array) -> float:
     return float(max(np.max(values), -np.min(values)))
 
 
-def as_half(constant: Constant, name: str, floor: float = -LARGEST) -> Constant:
-    """The constant in float16, finite values below `floor` or above 65504 brought there; infinities stay."""
+def as_half(constant: Constant, name: str, half: Half, floor: float) -> Constant:
+    """The constant in `half`, finite values below `floor` or above the largest brought there; infinities stay."""
     held = Constant(constant.name, constant._values)  # as it is now: another pass may change the tensor
 
     def make() -> Array:
         values = load_values(held)
-        if values.size and (np.min(values) < floor or np.max(values) > LARGEST):
-            values = np.where(np.isinf(values), values, np.clip(values, floor, LARGEST))
-        return np.asarray(values).astype(np.float16)
+        if values.size and (np.min(values) < floor or np.max(values) > half.largest):
+            values = np.where(np.isinf(values), values, np.clip(values, floor, half.largest))
+        return np.asarray(values).astype(half.numpy)
 
     if constant_bytes(constant) < KEPT_FROM:
         return Constant(name, make())
-    return Constant(name, Derived(FLOAT16, tuple(constant.shape), make))
+    return Constant(name, Derived(half.dtype, tuple(constant.shape), make))
 
 
 def _finite(values: Array) -> Array:
     return values if not values.size or np.isfinite(magnitude(values)) else values[np.isfinite(values)]
 
 
-def _error(values: Array) -> float:
-    """The largest relative error of the values in float16; zeros have none."""
+def _error(values: Array, half: Half) -> float:
+    """The largest relative error of the values in `half`; zeros have none."""
     values = values[values != 0]
-    return float(np.max(np.abs(values.astype(np.float16).astype(np.float32) / values - 1), initial=0.0))
+    return float(np.max(np.abs(values.astype(half.numpy).astype(np.float32) / values - 1), initial=0.0))
