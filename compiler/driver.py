@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,12 +38,14 @@ from llmc.compiler.report import (
     write,
 )
 from llmc.compiler.report.statistics import graph_report
+from llmc.compiler.rollback import Attempt, without_guilty
 from llmc.compiler.session import Session
 from llmc.compiler.targets import BuildRequest, Built, Profile, Progress, Target, resolve
 from llmc.compiler.targets.input_shapes import dynamic_dimensions
-from llmc.compiler.verification import Verifier, breaches
-from llmc.passes.base import Pass
-from llmc.passes.graph import Array, Graph, Structure, save_model
+from llmc.compiler.verification import Verifier
+from llmc.compiler.verification.judge import REGIONS_SHOWN, Judge, Verdict
+from llmc.passes.base import Ledger, Pass
+from llmc.passes.graph import Array, Graph, save_model
 
 
 def _quiet(_phase: str) -> None:
@@ -85,9 +87,8 @@ class Run:
     """What a compile has found out so far; the report is made of it."""
 
     plan: Plan
-    verifier: Verifier
-    original: Structure
-    """The graph as loaded."""
+    judge: Judge
+    loaded: pipeline.Step
     output: Path
     progress: Progress = _quiet
     listeners: Sequence[pipeline.Listener] = ()
@@ -103,6 +104,13 @@ class Run:
         """What evidence needs of the compile; `key` is that of a pass whose calibration data it needs."""
         made = self.plan
         return Given(made.verification, made.calibration.get(key), made.tokenizer, self.stop_after_rewrite)
+
+    def activations(self, step: Pass) -> SampledActivations:
+        """What a pass that calibrates learns of its data."""
+        samples = self.plan.calibration[step.key()]
+        loud = samples.random and getattr(step, "calibration", None) is not None
+        digest = key_of(samples.digest, len(samples), samples.name, loud, self.loaded.end.digest)
+        return SampledActivations(samples, samples.name, random=loud, digest=digest)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -215,7 +223,8 @@ def _run(
     started = time.perf_counter() - made.seconds["load"]
     loaded = pipeline.loaded(made.loaded.graph, memory, on_disk=made.loaded.kind == "onnx")
     verifier = _verifier(made, loaded, memory, progress)
-    run = Run(made, verifier, loaded.before, output, progress, listeners, stop_after_rewrite, memory)
+    judge = Judge(made.recipe.verify, verifier, len(made.recipe.passes), memory)
+    run = Run(made, judge, loaded, output, progress, listeners, stop_after_rewrite, memory)
     run.cached += ["load"] if made.loaded.cached else []
     _record_load(run, loaded)
     try:
@@ -295,7 +304,7 @@ def _record_load(run: Run, step: pipeline.Step) -> None:
     _tell(run, step)
     if run.plan.loaded.reference is not None:
         with run.timed_verification(step):
-            line.numerics = run.verifier.measure(step.graph)
+            line.verified, line.numerics = "full", run.judge.load(step)
 
 
 def _tell(run: Run, step: pipeline.Step) -> None:
@@ -306,46 +315,66 @@ def _tell(run: Run, step: pipeline.Step) -> None:
 def _run_passes(run: Run, loaded: pipeline.Step) -> pipeline.Step:
     """Run and verify every pass; the last step."""
     passes = run.plan.recipe.passes
-
-    def provider(step: Pass) -> SampledActivations:
-        samples = run.plan.calibration[step.key()]
-        loud = samples.random and getattr(step, "calibration", None) is not None
-        digest = key_of(samples.digest, len(samples), samples.name, loud, loaded.end.digest)
-        return SampledActivations(samples, samples.name, random=loud, digest=digest)
-
-    def begin(index: int, step: Pass) -> None:
-        run.progress(f"pass {index} of {len(passes)}: {step.key()}")
-
-    every = run.plan.recipe.verify.mode == "every-pass"
+    ledger = Ledger(run.stop_after_rewrite)
     step = loaded
-    for step in pipeline.run(loaded, passes, provider, begin, run.stop_after_rewrite, run.memory):
-        run.plan.seconds[step.label] = step.seconds
-        if step.cached:
-            run.cached.append(step.label)
-        line = _pass_report(step, run.plan.recipe)
-        run.steps.append(line)
-        run.asked.remember(step.result)
-        _tell(run, step)
-        if (every and step.result.rewrites) or (not every and step.index == len(passes)):
-            with run.timed_verification(step):
-                line.numerics = run.verifier.measure(step.graph)
-            _judge(run, line, step)
+    for index, step_pass in enumerate(passes, start=1):
+        run.progress(f"pass {index} of {len(passes)}: {step_pass.key()}")
+        step = _run_pass(run, step.end, index, step_pass, ledger)
     return step
 
 
-def _judge(run: Run, line: PassReport, step: pipeline.Step) -> None:
-    """Compare a step's numerics with its budgets; stops the compile, evidence kept, where the recipe says so."""
+def _run_pass(run: Run, start: State, index: int, step_pass: Pass, ledger: Ledger) -> pipeline.Step:
+    """Run one pass, verify and judge it."""
+    step = pipeline.run_pass(start, index, step_pass, run.activations, ledger, run.memory)
+    run.plan.seconds[step.label] = step.seconds
+    if step.cached:
+        run.cached.append(step.label)
+    _tell(run, step)
+    with run.timed_verification(step):
+        verdict = run.judge.judge(step, step_pass.safety)
+    broken, attempt = verdict.problems, None
+    if broken and run.plan.recipe.verify.on_failure == "rollback" and step.result.rewrites:
+        attempt = _rolled_back(run, step, verdict, step_pass)
+        step, verdict = attempt.step, attempt.verdict
+    line = _pass_report(step, run.plan.recipe, verdict)
+    run.steps.append(line)
+    run.asked.remember(step.result)
+    if attempt is not None:
+        line.status, line.reason = "rolled back", f"{attempt.reason}, because {'; '.join(broken)}"
+        line.left_out = [RewriteLine(**vars(rewrite)) for rewrite in attempt.left_out]
+    if verdict.problems:
+        _over_budget(run, line, step, verdict)
+    run.judge.accept(step, verdict)
+    return step
+
+
+def _rolled_back(run: Run, step: pipeline.Step, verdict: Verdict, step_pass: Pass) -> Attempt:
+    """The pass again, without the rewrites that broke a budget."""
+
+    def rerun(stop_after: int | None, refused: Collection[tuple[str, str]]) -> pipeline.Step:
+        replay = Ledger(run.stop_after_rewrite if stop_after is None else stop_after, refused)
+        replay.taken = step.rewrites_before
+        return pipeline.run_pass(step.start, step.index, step_pass, run.activations, replay, run.memory)
+
+    def judge(attempt: pipeline.Step) -> Verdict:
+        with run.timed_verification(step):
+            return run.judge.judge(attempt, step_pass.safety)
+
+    attempt = without_guilty(step, verdict, rerun, judge, run.progress)
+    _tell(run, attempt.step)
+    return attempt
+
+
+def _over_budget(run: Run, line: PassReport, step: pipeline.Step, verdict: Verdict) -> None:
+    """Stop the compile, evidence kept, or go on with a warning, as the recipe says."""
     recipe = run.plan.recipe
-    problems = breaches(line.numerics, recipe.verify.limits(step.key))
-    if not problems:
+    if recipe.verify.on_failure != "fail":
+        line.warnings += verdict.problems
         return
-    if recipe.verify.on_failure == "warn":
-        line.warnings += problems
-        return
-    line.status, line.reason = "over budget", "; ".join(problems)
+    line.status, line.reason = "over budget", "; ".join(verdict.problems)
     report = _report(run, step.graph, None)
     evidence = evidence_place(run.output)
-    command = keep_breach(evidence, recipe, step, run.original, run.given(), report)
+    command = keep_breach(evidence, recipe, step, run.loaded.before, run.given(), report)
     raise BudgetError(
         f"pass {step.index}, {step.key}, broke the budget: {line.reason}.\n"
         f"The graphs before and after it are in {evidence / 'repro'}; to see it again:\n  {command}"
@@ -355,7 +384,7 @@ def _judge(run: Run, line: PassReport, step: pipeline.Step) -> None:
 def _crashed(run: Run, crash: pipeline.PassCrash) -> InternalError:
     """The error to end with, once the evidence is kept: the graph before the pass, and the command that runs it."""
     step = crash.step
-    line = _pass_report(step, run.plan.recipe)
+    line = _pass_report(step, run.plan.recipe, Verdict())
     line.status, line.reason = "crashed", str(crash)
     run.steps.append(line)
     report = _report(run, step.graph, None)
@@ -370,7 +399,7 @@ def _crashed(run: Run, crash: pipeline.PassCrash) -> InternalError:
     )
 
 
-def _pass_report(step: pipeline.Step, recipe: Recipe) -> PassReport:
+def _pass_report(step: pipeline.Step, recipe: Recipe, verdict: Verdict) -> PassReport:
     result = step.result
     written = recipe.document()["passes"][step.index - 1]
     return PassReport(
@@ -385,7 +414,11 @@ def _pass_report(step: pipeline.Step, recipe: Recipe) -> PassReport:
         rewrites=[RewriteLine(**vars(rewrite)) for rewrite in result.rewrites],
         near_misses=[NearMissLine(**vars(miss)) for miss in result.near_misses],
         kept=result.kept,
-        warnings=list(result.warnings),
+        verified=verdict.verified,
+        numerics=verdict.numerics,
+        regions_compared=len(verdict.regions),
+        regions=[region for region in verdict.regions if region.relative_l2][:REGIONS_SHOWN],
+        warnings=[*result.warnings, *verdict.warnings],
     )
 
 
@@ -458,7 +491,7 @@ def _check_precision(run: Run, graph: Graph, report: Report) -> None:
         return
     report.status = "fell back"
     evidence = evidence_place(run.output)
-    command = keep_fallback(evidence, made.recipe, run.original, graph, run.given(), report)
+    command = keep_fallback(evidence, made.recipe, run.loaded.before, graph, run.given(), report)
     raise PrecisionError(
         f"{len(found)} layers are not in the precision that was asked for:{some(found)}\n"
         f"`--set verify.on_fallback=warn` lets it pass. The graph and the report are in {evidence}; to see it again:\n"
@@ -466,10 +499,12 @@ def _check_precision(run: Run, graph: Graph, report: Report) -> None:
     )
 
 
-def _status(steps: Sequence[PassReport]) -> Literal["done", "over budget", "crashed"]:
-    """Of the whole compile: that of the step which ended it."""
+def _status(steps: Sequence[PassReport]) -> Literal["done", "rolled back", "over budget", "crashed"]:
+    """Of the whole compile: that of the step which ended it; where none did, whether all was done."""
     last = steps[-1].status if steps else "done"
-    return "done" if last == "skipped" else last
+    if last in ("over budget", "crashed"):
+        return last
+    return "rolled back" if any(step.status == "rolled back" for step in steps) else "done"
 
 
 def _about(made: Plan) -> dict[str, object]:

@@ -21,6 +21,9 @@ class Session:
     float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`). A graph with a static cache
     takes inputs, and gives outputs, of its growing form as well (see `passes/cache/static_cache.py`).
 
+    Weights are not packed for the processor ahead of time: for the few runs that sessions here live, packing costs
+    more than it saves.
+
     `extra_outputs` are tensors of the graph to give back beside its outputs. Raises LlmcError where ONNX
     Runtime cannot run the graph, with its reason.
     """
@@ -38,6 +41,7 @@ class Session:
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4  # errors are raised: said once
+        options.add_session_config_entry("session.disable_prepacking", "1")
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         self._values = _ort_values(structure.weights)
         if self._values:
@@ -56,7 +60,7 @@ class Session:
         names = list(outputs) if outputs is not None else self.outputs
         cache = self._cache if self._cache is not None and self._cache.takes(feeds) else None
         fed = feeds if cache is None else cache.feeds(feeds, self._types)
-        given = {name: np.ascontiguousarray(fed[name]) for name in self.inputs if name in fed}
+        given = {name: np.asarray(fed[name], order="C") for name in self.inputs if name in fed}
         try:
             values = self._session.run(names, given)
         except Exception as error:
@@ -70,7 +74,7 @@ def _ort_values(weights: Mapping[str, Array | Weights]) -> dict[str, Any]:
 
     values = {}
     for name, held in weights.items():
-        array = np.ascontiguousarray(held.load() if isinstance(held, Weights) else held)
+        array = np.asarray(held.load() if isinstance(held, Weights) else held, order="C")
         if array.dtype.isbuiltin == 1:
             values[name] = ort.OrtValue.ortvalue_from_numpy(array)
             continue

@@ -182,12 +182,20 @@ class VerifySection(Section):
     samples: int = Field(10, ge=1, description="Largest number of samples that are run.")
     seed: int = Field(0, ge=0, description="Of generated samples.")
     metrics: tuple[Metric, ...] = Field(METRICS, min_length=1, description="What is measured.")
-    mode: Literal["every-pass", "final"] = Field("every-pass", description="After which steps outputs are compared.")
+    mode: Literal["local", "full", "final"] = Field(
+        "local",
+        description="'full': the whole graph after every pass; 'local': the regions that a pass changed, and the whole "
+        "graph where they moved by more than rounding and at the end; 'final': the whole graph at the end.",
+    )
     budgets: Budgets = Field(Budgets(), description="Must hold after every step that is compared.")
     pass_budgets: dict[str, Budgets] = Field(
         {}, description="Pass → budgets that stand in for the general ones after this pass."
     )
-    on_failure: Literal["fail", "warn"] = Field("fail", description="What a broken budget does to the compile.")
+    on_failure: Literal["fail", "warn", "rollback"] = Field(
+        "fail",
+        description="What a broken budget does: 'fail' stops the compile; 'warn' goes on; 'rollback' leaves out the "
+        "guilty rewrites, or the pass, and goes on.",
+    )
 
     on_fallback: Literal["fail", "warn"] = Field(
         "fail", description="What a layer that is not in the precision asked for does, where no pass gave a reason."

@@ -46,6 +46,24 @@ class OutputNumerics(Part):
         return self
 
 
+class RegionReport(Part):
+    """A region that a step changed: nodes that it put there, and how far what they make is from what was made before.
+
+    Both on captured values of real inputs, so that an error is this step's own.
+    """
+
+    nodes: list[str] = Field(description="The new nodes, the first ones of many.")
+    replaced: list[str] = Field(default_factory=list, description="The nodes that stood there, the first ones of many.")
+    module: str = ""
+    outputs: list[OutputNumerics] = Field(description="Tensors that the region hands on.")
+
+    @property
+    def relative_l2(self) -> float:
+        """Of the output that moved furthest; infinite where one is not finite."""
+        errors = (o.relative_l2 if o.finite and o.relative_l2 is not None else math.inf for o in self.outputs)
+        return max(errors, default=0.0)
+
+
 class RewriteLine(Part):
     number: int
     rule: str
@@ -66,8 +84,8 @@ class PassReport(Part):
 
     index: int
     key: str
-    status: Literal["done", "skipped", "over budget", "crashed"] = "done"
-    reason: str = Field(default="", description="Why a pass was skipped or crashed, or which budget it broke.")
+    status: Literal["done", "skipped", "rolled back", "over budget", "crashed"] = "done"
+    reason: str = Field(default="", description="Why a pass was skipped or crashed, or which budget it broke, and how.")
     parameters: dict[str, object] = Field(default_factory=dict)
     nodes_before: dict[str, int] = Field(default_factory=dict, description="Operator → count.")
     nodes_after: dict[str, int] = Field(default_factory=dict)
@@ -75,7 +93,17 @@ class PassReport(Part):
     rewrites: list[RewriteLine] = Field(default_factory=list)
     near_misses: list[NearMissLine] = Field(default_factory=list)
     kept: dict[str, str] = Field(default_factory=dict, description="Node → why its precision was left alone.")
-    numerics: list[OutputNumerics] = Field(default_factory=list)
+    verified: Literal["", "local", "full"] = Field(
+        default="", description="'full': the whole graph, against the reference; 'local': the regions that changed."
+    )
+    numerics: list[OutputNumerics] = Field(
+        default_factory=list, description="Of the whole graph; empty where only regions were compared."
+    )
+    regions_compared: int = 0
+    regions: list[RegionReport] = Field(default_factory=list, description="Regions that moved, the furthest first.")
+    left_out: list[RewriteLine] = Field(
+        default_factory=list, description="Rewrites that broke a budget and were left out."
+    )
     warnings: list[str] = Field(default_factory=list)
 
 
@@ -162,7 +190,9 @@ class Report(Part):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     llmc: str = Field(description="Version of llmc.")
-    status: Literal["done", "over budget", "crashed", "fell back"]
+    status: Literal["done", "rolled back", "over budget", "crashed", "fell back"] = Field(
+        description="'rolled back': done, without rewrites that broke a budget."
+    )
     source: SourceReport
     recipe: str = Field(description="Name of the recipe.")
     passes: list[PassReport]

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
-from llmc.compiler.report import LayerPrecision, PassReport, Report, TargetReport, TensorLine, charts, summary, text
+from llmc.compiler.report import (
+    LayerPrecision,
+    OutputNumerics,
+    PassReport,
+    Report,
+    TargetReport,
+    TensorLine,
+    charts,
+    summary,
+    text,
+)
 from llmc.compiler.report.markup import Child, Markup, code, element, fold, legend, pairs, place, section, table
 
 OPERATORS_SHOWN = 12
@@ -13,7 +23,13 @@ MEASURES = {"max_abs": "max abs", "relative_l2": "relative L2", "cosine": "1 −
 """Metrics of budgets that have a place on an axis of errors → what is drawn there."""
 CHANGE_KEYS = (("stayed", "stayed"), ("removed", "removed"), ("added", "added"))
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_STATUS = {"done": "done", "skipped": "skipped", "over budget": "broken", "crashed": "broken"}
+_STATUS = {
+    "done": "done",
+    "skipped": "skipped",
+    "rolled back": "broken",
+    "over budget": "broken",
+    "crashed": "broken",
+}
 
 
 def render(report: Report) -> str:
@@ -153,6 +169,8 @@ def _error_chart(report: Report) -> Markup | None:
 
 
 def _errors(step: PassReport) -> dict[str, float]:
+    if not step.numerics:
+        return {}
     furthest, relative, cosine = (
         worst(step) for worst in (summary.worst_max_abs, summary.worst_relative_l2, summary.worst_cosine)
     )
@@ -187,7 +205,7 @@ def _pass(report: Report, step: PassReport) -> Markup:
         ("nodes", f"{text.arrow(before, after) if step.index else after} nodes"),
         ("rewrites", text.plural(len(step.rewrites), "rewrite") if step.rewrites else ""),
         ("misses", text.plural(len(step.near_misses), "near miss") if step.near_misses else ""),
-        ("error", f"max abs {text.difference(furthest)}" if furthest is not None else ""),
+        ("error", f"max abs {text.local(step, text.difference(furthest))}" if furthest is not None else ""),
         ("last", text.seconds(summary.step_seconds(report, step))),
     ]
     line = element("summary", *(element("span", value, class_=class_) for class_, value in cells))
@@ -210,24 +228,41 @@ def _pass_details(step: PassReport) -> Iterable[Markup]:
         yield table(("Operator", "#Before", "#After"), [(code(name), old, new) for name, old, new in changes])
     if step.numerics:
         yield element("h3", "Numerics")
-        rows = [
-            (
-                code(n.output),
-                text.difference(n.max_abs),
-                text.difference(n.relative_l2),
-                text.similarity(n.cosine),
-                text.decibels(n),
-                "yes" if n.finite else "no",
-            )
-            for n in step.numerics
-        ]
-        yield table(("Output", "#Max abs", "#Relative L2", "#Cosine", "#SQNR", "Finite"), rows)
+        yield table(("Output", *_NUMERICS), [(code(n.output), *_numerics(n)) for n in step.numerics])
+    if step.left_out:
+        rewrites = [(r.number, code(r.rule), place(r.node, r.module), r.detail) for r in step.left_out]
+        yield fold("Left out", len(rewrites), table(("#No.", "Rule", "Node", ""), rewrites))
+    if step.regions_compared:
+        yield fold("Regions that moved", len(step.regions), _regions(step))
     if step.kept:
         content = table(("Node", "Kept because"), [(code(node), why) for node, why in step.kept.items()])
         yield fold("Precision left alone", len(step.kept), content)
     if step.rewrites:
         rewrites = [(r.number, code(r.rule), place(r.node, r.module), r.detail) for r in step.rewrites]
         yield fold("Rewrites", len(step.rewrites), table(("#No.", "Rule", "Node", ""), rewrites))
+
+
+_NUMERICS = ("#Max abs", "#Relative L2", "#Cosine", "#SQNR", "Finite")
+
+
+def _numerics(numerics: OutputNumerics) -> tuple[str, ...]:
+    return (
+        text.difference(numerics.max_abs),
+        text.difference(numerics.relative_l2),
+        text.similarity(numerics.cosine),
+        text.decibels(numerics),
+        "yes" if numerics.finite else "no",
+    )
+
+
+def _regions(step: PassReport) -> Markup:
+    note = f"{text.plural(step.regions_compared, 'region')} compared with what stood there before; the furthest first."
+    rows = [
+        (place(", ".join(region.nodes or region.replaced), region.module), code(output.output), *_numerics(output))
+        for region in step.regions
+        for output in region.outputs
+    ]
+    return element("div", element("p", note, class_="note"), table(("Nodes", "Tensor", *_NUMERICS), rows))
 
 
 def _near_misses(report: Report) -> Markup | None:

@@ -10,7 +10,7 @@ from llmc.compiler.report import GraphReport, LayerPrecision, PassReport, Report
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~&#@$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _TAME = re.compile(r"[^`|\\\s]+( [^`|\\\s]+)*")
 """What can stand between backticks in a table's cell as it is."""
-_STATUS = {"done": "✓", "skipped": "–", "over budget": "✗", "crashed": "✗"}
+_STATUS = {"done": "✓", "skipped": "–", "rolled back": "↩", "over budget": "✗", "crashed": "✗"}
 
 
 def render(report: Report) -> str:
@@ -73,7 +73,8 @@ def _passes(report: Report) -> str:
     rows = [_pass_row(report, step) for step in report.passes]
     headings = ("", "Pass", "#Nodes", "#Rewrites", "#Near misses", "#Weights", "#Cosine", "#Max abs", "#Time")
     reasons = [f"- {escape(f'{step.key}: {step.reason}')}" for step in report.passes if step.status == "skipped"]
-    return "\n\n".join(["## Passes", _table(headings, rows), *(["\n".join(reasons)] if reasons else [])])
+    notes = [text.LOCAL_NOTE] if any(step.verified == "local" for step in report.passes) else []
+    return "\n\n".join(["## Passes", _table(headings, rows), *notes, *(["\n".join(reasons)] if reasons else [])])
 
 
 def _pass_row(report: Report, step: PassReport) -> tuple[object, ...]:
@@ -85,8 +86,8 @@ def _pass_row(report: Report, step: PassReport) -> tuple[object, ...]:
         len(step.rewrites) or "",
         len(step.near_misses) or "",
         text.scaled(step.weight_bytes_after, "B"),
-        text.similarity(summary.worst_cosine(step)),
-        text.difference(summary.worst_max_abs(step)),
+        text.local(step, text.similarity(summary.worst_cosine(step))),
+        text.local(step, text.difference(summary.worst_max_abs(step))),
         text.seconds(summary.step_seconds(report, step)),
     )
 

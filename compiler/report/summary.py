@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llmc.compiler.report import LayerPrecision, NearMissLine, PassReport, Report
+from llmc.compiler.report import LayerPrecision, NearMissLine, OutputNumerics, PassReport, Report
 
 
 @dataclass
@@ -53,17 +53,25 @@ def step_seconds(report: Report, step: PassReport) -> float | None:
 
 def worst_cosine(step: PassReport) -> float | None:
     """The lowest cosine of any output, NaN before any number; None where none was measured."""
-    return max(_measured(n.cosine for n in step.numerics), key=lambda cosine: _badness(1 - cosine), default=None)
+    return max(_measured(n.cosine for n in _outputs(step)), key=lambda cosine: _badness(1 - cosine), default=None)
 
 
 def worst_max_abs(step: PassReport) -> float | None:
     """The largest absolute difference of any output, NaN before any number; None where none was measured."""
-    return max(_measured(n.max_abs for n in step.numerics), key=_badness, default=None)
+    return max(_measured(n.max_abs for n in _outputs(step)), key=_badness, default=None)
 
 
 def worst_relative_l2(step: PassReport) -> float | None:
     """The largest relative difference of any output, NaN before any number; None where none was measured."""
-    return max(_measured(n.relative_l2 for n in step.numerics), key=_badness, default=None)
+    return max(_measured(n.relative_l2 for n in _outputs(step)), key=_badness, default=None)
+
+
+def _outputs(step: PassReport) -> list[OutputNumerics]:
+    """Those of the graph, or where only regions were compared those of the regions."""
+    moved = [output for region in step.regions for output in region.outputs]
+    if step.verified == "local" and not moved:
+        return [OutputNumerics(output="", max_abs=0.0, relative_l2=0.0, cosine=1.0, finite=True)]
+    return step.numerics or moved
 
 
 def _measured(values: Iterable[float | None]) -> list[float]:
@@ -126,8 +134,8 @@ def last_numerics(report: Report) -> PassReport | None:
 
 
 def failed(report: Report) -> list[PassReport]:
-    """The steps that ended the compile."""
-    return [step for step in report.passes if step.status in ("over budget", "crashed")]
+    """The steps that ended the compile, and those of which something was left out because it broke a budget."""
+    return [step for step in report.passes if step.status in ("rolled back", "over budget", "crashed")]
 
 
 def warnings(report: Report) -> list[tuple[str, str]]:

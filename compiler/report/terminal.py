@@ -35,7 +35,20 @@ LABELS = 22
 """Columns of the labels, so that all sections line up."""
 
 _FAILED = ("✗", "bold red")
-_STATUS = {"done": ("✓", "green"), "skipped": ("–", "dim"), "over budget": _FAILED, "crashed": _FAILED}
+_STATUS = {
+    "done": ("✓", "green"),
+    "skipped": ("–", "dim"),
+    "rolled back": ("↩", "bold yellow"),
+    "over budget": _FAILED,
+    "crashed": _FAILED,
+}
+_RESULT = {
+    "done": ("✓ done", "bold green"),
+    "rolled back": ("↩ done, rewrites left out", "bold yellow"),
+    "over budget": ("✗ over budget", "bold red"),
+    "crashed": ("✗ crashed", "bold red"),
+    "fell back": ("✗ fell back", "bold red"),
+}
 
 
 def render(report: Report, console: Console, folder: Path | None = None) -> None:
@@ -91,13 +104,12 @@ def _header(report: Report) -> RenderableType:
     source = report.source
     about = " · ".join(part for part in (source.kind, source.task, source.exporter) if part)
     target = f" → {report.target.kind}" if report.target else ""
-    mark, style = ("✓", "bold green") if report.status == "done" else _FAILED
     line = Table.grid(expand=True, padding=(0, 1))
     line.add_column(ratio=1)
     line.add_column(justify="right", no_wrap=True)
     line.add_row(
         Text.assemble(_plain(source.name, "bold"), "  ", _plain(f"{report.recipe}{target}", "cyan")),
-        Text.assemble((f"{mark} {report.status}", style), (f" in {text.seconds(report.timings.total)}", "dim")),
+        Text.assemble(_RESULT[report.status], (f" in {text.seconds(report.timings.total)}", "dim")),
     )
     line.add_row(_plain(about, "dim"), Text(f"llmc {report.llmc}", "dim"))
     notes = [_plain(note, "dim") for note in source.notes]
@@ -117,7 +129,9 @@ def _passes(report: Report, width: int) -> RenderableType:
         mark, style = _STATUS[step.status]
         key = _plain(step.key, "dim" if step.status == "skipped" else "bold")
         table.add_row(Text(mark, style), key, *(cell(step) for cell in columns.values()))
-    return table
+    if not any(step.verified == "local" for step in report.passes):
+        return table
+    return Group(table, Text(text.LOCAL_NOTE, "dim"))
 
 
 def _columns(report: Report) -> dict[str, Callable[[PassReport], str | Text]]:
@@ -126,8 +140,8 @@ def _columns(report: Report) -> dict[str, Callable[[PassReport], str | Text]]:
         "Rewrites": lambda step: str(len(step.rewrites) or ""),
         "Near misses": lambda step: str(len(step.near_misses) or ""),
         "Weights": lambda step: text.scaled(step.weight_bytes_after, "B"),
-        "Cosine": lambda step: text.similarity(summary.worst_cosine(step)),
-        "Max abs": lambda step: text.difference(summary.worst_max_abs(step)),
+        "Cosine": lambda step: text.local(step, text.similarity(summary.worst_cosine(step))),
+        "Max abs": lambda step: text.local(step, text.difference(summary.worst_max_abs(step))),
         "Time": lambda step: Text(text.seconds(summary.step_seconds(report, step)), "dim"),
     }
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from llmc.compiler.report import GraphReport, OutputNumerics
+from llmc.compiler.report import GraphReport, OutputNumerics, PassReport
 
 _BREAK = re.compile(r"[ \t]*[\r\n\t]+[ \t]*")
 
@@ -46,6 +46,15 @@ def difference(value: float | None) -> str:
     if value is None:
         return ""
     return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else str(value)
+
+
+LOCAL = "°"
+LOCAL_NOTE = f"{LOCAL} only the regions that the pass changed, against what stood there before"
+
+
+def local(step: PassReport, value: str) -> str:
+    """A measured value of a step, marked where only regions of the graph were compared."""
+    return f"{value}{LOCAL}" if value and step.verified == "local" else value
 
 
 def decibels(numerics: OutputNumerics) -> str:

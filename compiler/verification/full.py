@@ -32,7 +32,8 @@ class Verifier:
         self._given = samples
         self._metrics = metrics
         self._memory = memory
-        self._about = (*about, code_digest(__name__) if memory.store else "", environment())
+        self.about = (*about, code_digest(__name__) if memory.store else "", environment())
+        """All that the reference and the samples depend on."""
 
     @cached_property
     def samples(self) -> Sequence[Feeds]:
@@ -42,12 +43,12 @@ class Verifier:
     @cached_property
     def expected(self) -> Sequence[Mapping[str, Array]]:
         """What the reference makes of the samples."""
-        return outputs.recall(self._memory, self._about, lambda: [dict(self._reference(s)) for s in self.samples])
+        return outputs.recall(self._memory, self.about, lambda: [dict(self._reference(s)) for s in self.samples])
 
     def measure(self, graph: Graph) -> list[OutputNumerics]:
         """Run `graph` over the samples (ONNX Runtime, optimizations off) and compare every output."""
         digest = self._memory.digest(graph)
-        parts = (digest, self._metrics, *self._about)
+        parts = (digest, self._metrics, *self.about)
         found = self._memory.find("numerics", *parts) if digest else None
         if found is not None:
             return [OutputNumerics.model_construct(**line) for line in found.value["outputs"]]

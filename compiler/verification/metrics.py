@@ -27,19 +27,27 @@ class _Sums:
 
     def add(self, expected: Array, found: Array) -> None:
         wide, narrow = expected.astype(np.float64), found.astype(np.float64)
-        self.finite &= bool(np.isfinite(narrow[np.isfinite(wide)]).all())
-        same = (wide == narrow) | (np.isnan(wide) & np.isnan(narrow))  # equal infinities differ by nothing
+        signal = float(np.vdot(wide, wide))
         with np.errstate(invalid="ignore", over="ignore"):
-            difference = np.where(same, 0.0, narrow - wide)
-        wide, narrow, difference = (
-            np.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0) for v in (wide, narrow, difference)
-        )
-        self.max_abs = max(self.max_abs, float(np.abs(difference).max(initial=0.0)))
-        self.difference += float((difference**2).sum())
-        self.signal += float((wide**2).sum())
-        cosines = row_cosines(wide, narrow)
-        self.cosines += float(cosines.sum())
-        self.rows += cosines.size
+            difference = narrow - wide
+            squared = float(np.vdot(difference, difference))
+        if not math.isfinite(signal + squared):  # NaN and infinities count for nothing but `finite`
+            self.finite &= bool(np.isfinite(narrow[np.isfinite(wide)]).all())
+            same = (wide == narrow) | (np.isnan(wide) & np.isnan(narrow))  # equal infinities differ by nothing
+            difference = np.where(same, 0.0, difference)
+            wide, narrow, difference = (
+                np.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0) for v in (wide, narrow, difference)
+            )
+            signal, squared = float(np.vdot(wide, wide)), float(np.vdot(difference, difference))
+        self.signal += signal
+        self.difference += squared
+        rows = wide.size // _row_width(wide)
+        self.rows += rows
+        if squared:
+            self.max_abs = max(self.max_abs, float(np.abs(difference).max()))
+            self.cosines += float(row_cosines(wide, narrow).sum())
+        else:
+            self.cosines += rows
 
     def numerics(self, output: str) -> OutputNumerics:
         relative = math.sqrt(self.difference / self.signal) if self.signal else (math.inf if self.difference else 0.0)
@@ -58,12 +66,15 @@ def row_cosines(expected: Array, found: Array) -> Array:
 
     Two rows of zeros are equal: 1. One row of zeros is no direction at all: 0.
     """
-    width = expected.shape[-1] if expected.ndim and expected.shape[-1] > 1 else max(expected.size, 1)
-    a, b = expected.reshape(-1, width), found.reshape(-1, width)
+    a, b = expected.reshape(-1, _row_width(expected)), found.reshape(-1, _row_width(expected))
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     both_zero = (np.abs(a).max(axis=1, initial=0) == 0) & (np.abs(b).max(axis=1, initial=0) == 0)
     products: Array = (a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)
     return np.where(both_zero, 1.0, np.clip(products, -1.0, 1.0))
+
+
+def _row_width(values: Array) -> int:
+    return values.shape[-1] if values.ndim and values.shape[-1] > 1 else max(values.size, 1)
 
 
 def compare(

@@ -55,6 +55,7 @@ from llmc.passes.graph.tensors import Weights as Weights
 from llmc.passes.graph.tensors import dtype_name as dtype_name
 from llmc.passes.graph.tensors import extra_attributes as extra_attributes
 from llmc.passes.graph.tensors import metadata as metadata
+from llmc.passes.graph.tensors import module_in as module_in
 from llmc.passes.graph.tensors import module_of as module_of
 from llmc.passes.graph.tensors import numpy_dtype as numpy_dtype
 from llmc.passes.graph.tensors import onnx_dtype as onnx_dtype

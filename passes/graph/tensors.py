@@ -148,8 +148,13 @@ def module_of(node: Node) -> str:
     torch.onnx writes `pkg.torch.onnx.name_scopes`, a Python list of scopes from the model to the operator; its older
     exporter names the node '/encoder/layer.3/attention/MatMul_1'.
     """
-    scopes = metadata(node).get("pkg.torch.onnx.name_scopes")
+    return module_in(node.name, metadata(node))
+
+
+def module_in(name: str, metadata: Mapping[str, str]) -> str:
+    """The source module that a node's name and metadata tell."""
+    scopes = metadata.get("pkg.torch.onnx.name_scopes")
     if scopes is None:
-        return ".".join(node.name.split("/")[1:-1]) if node.name.startswith("/") else ""
+        return ".".join(name.split("/")[1:-1]) if name.startswith("/") else ""
     names = [part.strip(" '\"[]") for part in scopes.split(",")]
     return next((name for name in reversed(names[:-1]) if name), "")

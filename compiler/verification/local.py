@@ -1,0 +1,199 @@
+"""Only what a step changed: its regions on values that real inputs gave them, before and after.
+
+The values of all tensors are captured once, by one run of the graph on each captured sample. From then on a step costs
+what its own nodes cost: the new nodes of its regions run on the captured values that they read, and what they make is
+compared with what was captured there, and takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import onnx
+
+from llmc.compiler.loaders import Feeds
+from llmc.compiler.report import OutputNumerics, RegionReport
+from llmc.compiler.session import Session
+from llmc.compiler.verification.metrics import compare
+from llmc.compiler.verification.regions import Region, changed_regions, element_types, reads
+from llmc.passes.base import LlmcError
+from llmc.passes.graph import Array, Structure, Weights, from_structure, module_in
+
+CAPTURED_SAMPLES = 2
+"""How many samples are captured, where they fit."""
+CAPTURED_BYTES = 1 << 30
+"""Of captured values, beyond which no further sample is captured."""
+LARGEST_PART = 0.5
+"""Of a graph's nodes; where a step changes more of them, its regions would cost what the whole graph costs."""
+NODES_SHOWN = 8
+"""Of a region, in reports."""
+ROUNDING = 1e-5
+"""Relative L2 error of a region up to which float32, summed in another order, explains the difference."""
+
+
+@dataclass
+class LocalComparison:
+    """What a step did to the values of its regions, the worst first."""
+
+    regions: list[RegionReport]
+    made: list[dict[str, Array]] | None = None
+    """For each captured sample, what the new nodes make; None where that is not known any more."""
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether no region moved further than rounding explains."""
+        return all(region.relative_l2 <= ROUNDING for region in self.regions)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every region makes the same bits as before."""
+        return all(region.relative_l2 == 0 for region in self.regions)
+
+
+@dataclass
+class LocalVerifier:
+    """Compares the regions that steps change; the captured values follow the graph from step to step."""
+
+    samples: Iterable[Feeds]
+    values: list[dict[str, Array]] = field(default_factory=list)
+    """For each captured sample, the value of every tensor of the graph that was accepted last."""
+
+    def compare(self, before: Structure, after: Structure) -> LocalComparison | None:
+        """The regions in which the graphs differ, on the captured values; None where that is most of the graph.
+
+        Raises LlmcError where a region cannot run.
+        """
+        regions = changed_regions(before, after)
+        if not any(region.outputs for region in regions):
+            return LocalComparison([], [{} for _ in self.values])
+        if sum(len(region.new) for region in regions) > LARGEST_PART * len(after.model.graph.node):
+            return None
+        if not self.values:
+            self._capture(before)
+        moved: set[str] = set()
+        while True:
+            regions = changed_regions(before, after, moved, self._equal)
+            made = self._run(after, regions)
+            misfits = self._misfits(before, after, regions, made) - moved
+            if not misfits:
+                return LocalComparison(self._numerics(before, after, regions, made), made)
+            moved |= misfits
+
+    def _equal(self, one: str, other: str) -> bool:
+        return all(one in v and other in v and np.array_equal(v[one], v[other]) for v in self.values)
+
+    def _run(self, after: Structure, regions: Sequence[Region]) -> list[dict[str, Array]]:
+        run = _NewNodes(after, [node for region in regions for node in region.new], self.values[0])
+        return [run.values(values) for values in self.values]
+
+    def _numerics(
+        self, before: Structure, after: Structure, regions: Sequence[Region], made: Sequence[Mapping[str, Array]]
+    ) -> list[RegionReport]:
+        old, new = _Constants(before), _Constants(after)
+        found = []
+        for region in (region for region in regions if region.outputs):
+            pairs = [
+                (old.pick(region.outputs, values), new.pick(region.outputs, now))
+                for values, now in zip(self.values, made, strict=True)
+            ]
+            found.append(_report(region, compare(pairs)))
+        return sorted(found, key=lambda moved: -moved.relative_l2)
+
+    def _misfits(
+        self, before: Structure, after: Structure, regions: Sequence[Region], made: Sequence[Mapping[str, Array]]
+    ) -> set[str]:
+        """Tensors that have another shape than before: what reads them belongs to the region too."""
+        names = [name for region in regions for name in region.outputs]
+        old, new = _Constants(before).pick(names, self.values[0]), _Constants(after).pick(names, made[0])
+        return {name for name in names if old[name].shape != new[name].shape}
+
+    def accept(self, after: Structure, comparison: LocalComparison | None) -> None:
+        """Go on from the graph `after`; without its comparison everything is captured anew when it is needed."""
+        if comparison is None or comparison.made is None:
+            self.values.clear()
+            return
+        there = {name for node in after.model.graph.node for name in node.output}
+        there |= {info.name for info in after.model.graph.input}
+        for values, made in zip(self.values, comparison.made, strict=True):
+            values |= made
+            for name in values.keys() - there:
+                del values[name]
+
+    def _capture(self, structure: Structure) -> None:
+        names = [name for node in structure.model.graph.node for name in node.output if name]
+        session = Session(from_structure(structure), names)
+        size = per_element = 0.0
+        for sample in islice(self.samples, CAPTURED_SAMPLES * 2):
+            elements = sum(value.size for value in sample.values())
+            if self.values and (len(self.values) == CAPTURED_SAMPLES or size + per_element * elements > CAPTURED_BYTES):
+                continue
+            values = {**sample, **session.run(sample, names)}
+            taken = sum(value.nbytes for value in values.values())
+            per_element = max(per_element, taken / max(elements, 1))
+            size += taken
+            self.values.append(values)
+        if not self.values:
+            raise LlmcError("there is no sample to verify on")
+
+
+def _report(region: Region, outputs: list[OutputNumerics]) -> RegionReport:
+    modules = (module_in(node.name, {e.key: e.value for e in node.metadata_props}) for node in region.new)
+    return RegionReport(
+        nodes=[node.name for node in region.new][:NODES_SHOWN],
+        replaced=[node.name for node in region.gone][:NODES_SHOWN],
+        module=next(filter(None, modules), ""),
+        outputs=outputs,
+    )
+
+
+class _NewNodes:
+    """The new nodes of all regions, ready to run on captured values."""
+
+    def __init__(self, after: Structure, nodes: Sequence[onnx.NodeProto], captured: Mapping[str, Array]) -> None:
+        self.made = [name for node in nodes for name in node.output if name]
+        self.session = Session(from_structure(_part(after, nodes, captured)), self.made) if nodes else None
+
+    def values(self, captured: Mapping[str, Array]) -> dict[str, Array]:
+        return self.session.run(captured, self.made) if self.session else {}
+
+
+def _part(structure: Structure, nodes: Sequence[onnx.NodeProto], captured: Mapping[str, Array]) -> Structure:
+    """The nodes as a model of their own, in the order of the whole; its inputs are captured tensors."""
+    chosen = {id(node) for node in nodes}
+    read = {name for node in nodes for name in reads(node)}
+    made = {name for node in nodes for name in node.output}
+    whole = structure.model.graph
+    part = onnx.ModelProto(ir_version=structure.model.ir_version, opset_import=structure.model.opset_import)
+    part.graph.name = whole.name
+    part.graph.node.extend(node for node in whole.node if id(node) in chosen)
+    part.graph.initializer.extend(tensor for tensor in whole.initializer if tensor.name in read)
+    part.graph.value_info.extend(info for info in whole.value_info if info.name in made)
+    constants = {tensor.name for tensor in part.graph.initializer}
+    types = element_types(structure)
+    for name in sorted(read - made - constants):
+        if name not in captured:
+            raise LlmcError(f"no value of '{name}' was captured")
+        kind = types.get(name) or onnx.helper.np_dtype_to_tensor_dtype(captured[name].dtype)
+        part.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
+    return Structure(part, {name: structure.weights[name] for name in constants & structure.weights.keys()})
+
+
+class _Constants:
+    """The constants of a graph by name."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.tensors = {tensor.name: tensor for tensor in structure.model.graph.initializer}
+        self.weights = structure.weights
+
+    def pick(self, names: Sequence[str], values: Mapping[str, Array]) -> dict[str, Array]:
+        """The named constants, and of other names those `values`."""
+        return {name: self._constant(name) if name in self.tensors else values[name] for name in names}
+
+    def _constant(self, name: str) -> Array:
+        held = self.weights.get(name)
+        if held is None:
+            return onnx.numpy_helper.to_array(self.tensors[name])
+        return held.load() if isinstance(held, Weights) else held

@@ -1,0 +1,103 @@
+"""Regions on captured values: an error is found where it is made, what did not change is not run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.compiler.errors import LlmcError
+from llmc.compiler.session import Session
+from llmc.compiler.verification.local import LocalVerifier
+from llmc.passes.graph import Graph, to_structure
+
+CHAIN = (
+    "(float[N,4] x) => (float[N,4] y) <float c = {2}, float d = {3}> {"
+    "a = Tanh(x) b = Mul(a, c) e = Add(b, d) f = Exp(e) g = Neg(f) h = Abs(g) y = Sqrt(h) }"
+)
+
+
+@pytest.fixture
+def samples(random_feeds: Any, parse: Any) -> list[dict[str, Any]]:
+    return [random_feeds(parse(CHAIN), seed, size) for seed, size in ((0, 3), (1, 5), (2, 2))]
+
+
+def compare(verifier: LocalVerifier, before: Graph, after: Graph) -> Any:
+    return verifier.compare(to_structure(before), to_structure(after))
+
+
+def test_an_error_is_that_of_the_region_alone(samples: Any, parse: Any) -> None:
+    before, after = parse(CHAIN), parse(CHAIN.replace("e = Add(b, d)", "E = Add(b, d) e = Add(E, d)"))
+    found = compare(LocalVerifier(samples), before, after)
+    (region,) = found.regions
+    values = [Session(before, ["e"]).run(sample, ["e"])["e"] for sample in samples[:2]]
+    squares = sum(float((v.astype(np.float64) ** 2).sum()) for v in values)
+    added = sum(9.0 * v.size for v in values)
+    assert region.relative_l2 == pytest.approx(np.sqrt(added / squares), rel=1e-6)  # float32 adds 3 to 2^-24
+    assert region.nodes == ["E", "e"]
+    assert not found.is_rounding
+
+
+def test_only_what_changed_runs(samples: Any, parse: Any, monkeypatch: Any) -> None:
+    verifier = LocalVerifier(samples)
+    compare(verifier, parse(CHAIN), parse(CHAIN.replace("f = Exp(e)", "z = Neg(e) q = Neg(z) f = Exp(q)")))
+    ran: list[list[str]] = []
+    run = Session.run
+
+    def watched(self: Session, feeds: Any, outputs: Any = None) -> Any:
+        ran.append(list(outputs))
+        return run(self, feeds, outputs)
+
+    monkeypatch.setattr(Session, "run", watched)
+    found = compare(verifier, parse(CHAIN), parse(CHAIN.replace("f = Exp(e)", "z = Neg(e) q = Neg(z) f = Exp(q)")))
+    assert ran == [["z", "q", "f"]] * 2
+    assert found.is_exact
+
+
+def test_captured_values_follow_the_graph(samples: Any, parse: Any) -> None:
+    """The second step reads a tensor that the first one made."""
+    verifier = LocalVerifier(samples)
+    first = parse(CHAIN.replace("f = Exp(e)", "z = Neg(e) q = Neg(z) f = Exp(q)"))
+    second = parse(CHAIN.replace("f = Exp(e)", "z = Neg(e) q = Abs(z) f = Exp(q)"))
+    verifier.accept(to_structure(first), compare(verifier, parse(CHAIN), first))
+    assert {"z", "q"} <= verifier.values[0].keys()
+    (region,) = compare(verifier, first, second).regions
+    assert [output.output for output in region.outputs] == ["q"]
+    verifier.accept(to_structure(parse(CHAIN)), compare(verifier, first, parse(CHAIN)))
+    assert not {"z", "q"} & verifier.values[0].keys()
+
+
+def test_a_folded_constant_is_compared_with_what_was_computed(samples: Any, parse: Any) -> None:
+    before = parse(CHAIN.replace("b = Mul(a, c)", "k = Mul(c, d) b = Mul(a, k)"))
+    for value, exact in ((6, True), (7, False)):
+        after = parse(CHAIN.replace("float d", f"float k = {{{value}}}, float d").replace("(a, c)", "(a, k)"))
+        assert compare(LocalVerifier(samples), before, after).is_exact is exact
+
+
+def test_nan_is_never_rounding(samples: Any, parse: Any) -> None:
+    found = compare(LocalVerifier(samples), parse(CHAIN), parse(CHAIN.replace("f = Exp(e)", "z = Neg(e) f = Log(z)")))
+    assert not found.regions[0].outputs[0].finite
+    assert not found.is_rounding
+
+
+def test_a_region_grows_past_a_tensor_of_another_shape(random_feeds: Any, parse: Any) -> None:
+    """[N, 1, 4] where [N, 4] was, and the next node takes both."""
+    text = (
+        "(float[1,4] x) => (float[4] y) <int64[1] one = {1}, int64[1] flat = {4}, int64[2] two = {1, 4}> {"
+        "a = Reshape(x, two) b = Relu(a) c = Reshape(b, flat) d = Neg(c) e = Abs(d) f = Neg(e) y = Exp(f) }"
+    )
+    before, after = parse(text), parse(text.replace("a = Reshape(x, two)", "a = Unsqueeze(x, one)"))
+    found = compare(LocalVerifier([random_feeds(before)]), before, after)
+    assert [output.output for region in found.regions for output in region.outputs] == ["c"]
+    assert found.is_exact
+
+
+def test_most_of_the_graph_is_no_region(samples: Any, parse: Any) -> None:
+    after = "(float[N,4] x) => (float[N,4] y) { p = Neg(x) q = Abs(p) y = Exp(q) }"
+    assert compare(LocalVerifier(samples), parse(CHAIN), parse(after)) is None
+
+
+def test_there_must_be_a_sample(parse: Any) -> None:
+    with pytest.raises(LlmcError, match="no sample"):
+        compare(LocalVerifier([]), parse(CHAIN), parse(CHAIN.replace("Exp", "Sin")))
