@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx
 
-from llmc.passes.graph import Graph, Node, Tensor, Variable, copy_graph, infer_shapes, numpy_dtype, onnx_dtype
+from llmc.passes.graph import Graph, Node, Tensor, Variable, copy_graph, infer_shapes, numpy_dtype, onnx_dtype, scopes
 
 HALF = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 EXACT = {"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Size", "Gather"}
@@ -26,7 +26,7 @@ def round_halves(graph: Graph) -> Graph:
     """A copy of `graph` in which each float16 or bfloat16 operator computes in float32 and rounds its result once."""
     copy = copy_graph(graph)
     infer_shapes(copy)
-    for scope in (copy, *copy.subgraphs(recursive=True)):
+    for scope in scopes(copy):
         widened: dict[int, Tensor] = {}
         nodes: list[Node] = []
         for node in scope.nodes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import metadata
 
-ALWAYS = ("llmc-compiler", "ml-dtypes", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime")
+ALWAYS = ("llmc-compiler", "ml-dtypes", "numpy", "onnx", "onnxruntime")
 HUGGINGFACE = ("onnx-ir", "onnxscript", "tokenizers", "torch", "transformers")
 
 

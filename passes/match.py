@@ -207,12 +207,12 @@ class Matcher:
             )
 
     def _number(self, number: float, tensor: Tensor, match: Match, depth: int) -> Iterator[Match]:
-        value = _single(tensor)
-        if value is None:
+        source, value = constant_source(tensor), _single(tensor)
+        if source is None or value is None:
             self.failure.note(depth, lambda: f"'{tensor.name}' is {_kind(tensor)}, where {number:.6g} is needed")
             return
         found = float(value.reshape(-1)[0])
-        rounded = onnx_dtype(constant_source(tensor)) == onnx.TensorProto.BFLOAT16
+        rounded = onnx_dtype(source) == onnx.TensorProto.BFLOAT16
         if abs(found - number) <= (BFLOAT16_TOLERANCE if rounded else RELATIVE_TOLERANCE) * abs(number):
             yield match
         else:

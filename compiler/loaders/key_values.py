@@ -38,7 +38,7 @@ def cache_inputs(model: Any) -> tuple[Variable, ...]:
                     f"layer {number} of {kind} keeps a state that is not the keys and values of each token: "
                     "set model.cache to none in the recipe"
                 )
-            shape = ["batch", value.shape[1], PAST, value.shape[3]]
+            shape: list[int | str | None] = ["batch", value.shape[1], PAST, value.shape[3]]
             dtype = np.dtype(str(value.dtype).removeprefix("torch."))
             inputs.append(Variable(f"past_key_values.{number}.{part}", dtype=dtype, shape=shape))
     if not inputs:

@@ -17,7 +17,7 @@ from llmc.compiler.targets.input_shapes import input_shapes, profile_problems
 from llmc.compiler.targets.tensorrt_check import RTX_CAPABILITIES, check_graph, default_capabilities, label
 from llmc.compiler.targets.tensorrt_import import PRODUCT, Kind, availability
 from llmc.compiler.targets.tensorrt_worker import BuildJob, OperatorsJob, Problem, RefusedError
-from llmc.passes.graph import Graph, load_model, onnx_dtype, shape_of
+from llmc.passes.graph import Graph, load_model, onnx_dtype, scopes, shape_of
 
 ENGINE = "model.engine"
 _FUSED_ATTENTION = "mha"
@@ -37,7 +37,7 @@ class TensorRT:
 
     def check(self, graph: Graph, request: BuildRequest) -> list[str]:
         """What TensorRT would get wrong in silence, or refuse: see `tensorrt_check`."""
-        operators = sorted({node.op for scope in (graph, *graph.subgraphs(recursive=True)) for node in scope.nodes})
+        operators = sorted({node.op for scope in scopes(graph) for node in scope.nodes})
         try:
             unsupported = tensorrt_process.run(OperatorsJob(kind=self.kind, operators=operators), lambda _: None)
         except RefusedError as refused:
@@ -116,7 +116,7 @@ class TensorRT:
         return header
 
     def _explain(self, graph: Graph, problems: list[Problem]) -> str:
-        nodes = {node.name: node for scope in (graph, *graph.subgraphs(recursive=True)) for node in scope.nodes}
+        nodes = {node.name: node for scope in scopes(graph) for node in scope.nodes}
         lines = []
         for problem in problems:
             where = ""

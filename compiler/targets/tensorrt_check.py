@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto
 
 from llmc.compiler.targets.tensorrt_import import PRODUCT, Kind
-from llmc.passes.graph import Constant, Graph, Node, Tensor, copy_graph, dtype_name, infer_shapes, onnx_dtype
+from llmc.passes.graph import Constant, Graph, Node, Tensor, copy_graph, dtype_name, infer_shapes, onnx_dtype, scopes
 
 OPSETS = range(9, 26)
 """Opsets that the parser knows; it takes the header of any other and reads its operators as it pleases."""
@@ -86,7 +86,7 @@ def _typed(graph: Graph) -> Graph:
 
 
 def _nodes(graph: Graph) -> Iterator[Node]:
-    for scope in (graph, *graph.subgraphs(recursive=True)):
+    for scope in scopes(graph):
         yield from scope.nodes
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llmc.passes.graph import Graph, Node, Tensor
+from llmc.passes.graph import Graph, Node, Tensor, scopes
 from llmc.passes.match import attribute, called
 from llmc.passes.shapes.dimension import ONE, UNKNOWN, Dimension, product
 from llmc.passes.shapes.dimensions import Dimensions
@@ -159,7 +159,7 @@ class GrowthFollower:
             raise NotStaticError(node, f"{called(node)} reads how full the cache is from '{node.inputs[index].name}'")
 
     def _check_subgraphs(self, node: Node) -> None:
-        inner = [t for graph in node.subgraphs(recursive=True) for n in graph.nodes for t in n.inputs]
+        inner = [t for graph in node.subgraphs() for scope in scopes(graph) for n in scope.nodes for t in n.inputs]
         for tensor in inner:
             if id(tensor) in self.found.axes or id(tensor) in self._counted or id(tensor) in self._pasts:
                 raise NotStaticError(node, f"a subgraph of {called(node)} reads '{tensor.name}', which grows")

@@ -43,7 +43,7 @@ class Cache:
     """Keys or values that grow: `present` is `past` with `new` behind it."""
 
     node: Node
-    past: Variable
+    past: Tensor
     new: Tensor
     present: Tensor
 
@@ -153,7 +153,7 @@ class _Change:
             if len(new) != 4 or (past[AXIS], new[AXIS]) != (self.past, self.new):
                 raise NotStaticError(cache.node, f"'{cache.past.name}' does not grow as the others do")
 
-    def _mask(self, dims: Dimensions) -> Variable | None:
+    def _mask(self, dims: Dimensions) -> Tensor | None:
         """The input that marks tokens; its last axis is made known to be as long as the cache after the run."""
         found = next((t for t in self.graph.inputs if t.name == self.settings.mask), None)
         shape = dims.of(found) if found is not None else None

@@ -36,12 +36,12 @@ class StaticCache(BaseModel):
     @classmethod
     def of(cls, graph: Graph) -> StaticCache | None:
         """What the graph says; None where its caches are not static."""
-        text = graph.__dict__.get("metadata", {}).get(KEY)
+        text = graph.metadata.get(KEY)
         return None if text is None else cls.model_validate_json(text)
 
     def write(self, graph: Graph) -> None:
         """Say it of a graph."""
-        graph.__dict__.setdefault("metadata", {})[KEY] = self.model_dump_json()
+        graph.metadata[KEY] = self.model_dump_json()
 
     def takes(self, feeds: Mapping[str, Array]) -> bool:
         """Whether these are inputs of the growing form: caches as long as they are full, and no length beside them."""

@@ -26,7 +26,9 @@ def infer_node(node: Node, opset: int, *, overwrite: bool = False) -> None:
     proto = onnx.helper.make_node(
         node.op, [t.name for t in node.inputs], [t.name for t in node.outputs], **_plain_attributes(node)
     )
-    data = {t.name: onnx.numpy_helper.from_array(load_values(t)) for t in given if _is_small(t)}
+    data = {
+        t.name: onnx.numpy_helper.from_array(load_values(t)) for t in given if isinstance(t, Constant) and _is_small(t)
+    }
     try:
         found = onnx.shape_inference.infer_node_outputs(schema, proto, known, data, opset_imports=[_import(opset)])
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, KeyError):
@@ -46,8 +48,8 @@ def _import(opset: int) -> onnx.OperatorSetIdProto:
     return onnx.helper.make_opsetid("", opset)
 
 
-def _is_small(tensor: Tensor) -> bool:
-    return isinstance(tensor, Constant) and tensor.dtype.kind in "iu" and constant_bytes(tensor) <= SMALL
+def _is_small(constant: Constant) -> bool:
+    return constant.dtype.kind in "iu" and constant_bytes(constant) <= SMALL
 
 
 def _type(tensor: Tensor) -> onnx.TypeProto:

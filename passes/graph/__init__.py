@@ -1,8 +1,6 @@
-"""The Graph that passes see: one onnx-graphsurgeon graph, taken from ONNX and given back with nothing lost.
+"""The Graph that passes see: nodes and tensors that know each other, taken from ONNX and given back with nothing lost.
 
-graphsurgeon's own importer drops what this project lives on (metadata, which names the source module of a
-node), some kinds of attributes, and the place of weights on disk; so the two directions are written here,
-on graphsurgeon's classes.
+Nothing: metadata, which names the source module of a node, every kind of attribute, and the place of weights on disk.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def to_structure(graph: Graph, *, inline_below: int = SMALL) -> Structure:
     model = onnx.helper.make_model(proto, opset_imports=_opset_imports(graph))
     model.ir_version = max(graph.ir_version or 0, onnx.helper.find_min_ir_version_for(list(model.opset_import), True))
     model.producer_name, model.producer_version = graph.producer_name or "", graph.producer_version or ""
-    onnx.helper.set_model_props(model, graph.__dict__.get("metadata", {}))
+    onnx.helper.set_model_props(model, graph.metadata)
     return Structure(model, weights)
 
 
@@ -130,7 +130,7 @@ def _export_graph(
         outputs=[_value_info(t) for t in graph.outputs],
         initializer=[_export_constant(c, weights, inline_below) for c in declared],
         doc_string=graph.doc_string or "",
-        value_info=[_value_info(t) for t in made if t.dtype is not None or "type_proto" in t.__dict__],
+        value_info=[_value_info(t) for t in made if t.dtype is not None or t.type_proto is not None],
     )
 
 
@@ -141,7 +141,7 @@ def _export_node(node: Node, weights: dict[str, Array | Weights], inline_below: 
         output=[t.name for t in node.outputs],
         name=node.name,
         domain=node.domain,
-        doc_string=node.__dict__.get("doc_string", ""),
+        doc_string=node.doc_string,
     )
     for name, value in node.attrs.items():
         if isinstance(value, Graph):
@@ -149,8 +149,8 @@ def _export_node(node: Node, weights: dict[str, Array | Weights], inline_below: 
         elif isinstance(value, Constant):
             value = _export_constant(value, {}, 1 << 62)
         proto.attribute.append(onnx.helper.make_attribute(name, value))
-    proto.attribute.extend(node.__dict__.get("extra_attributes", ()))
-    for key, text in node.__dict__.get("metadata", {}).items():
+    proto.attribute.extend(node.extra_attributes)
+    for key, text in node.metadata.items():
         proto.metadata_props.add(key=key, value=text)
     return proto
 
@@ -179,7 +179,7 @@ def refer(proto: onnx.TensorProto, location: str, offset: int, length: int) -> N
 
 def _value_info(tensor: Tensor) -> onnx.ValueInfoProto:
     info = onnx.ValueInfoProto(name=tensor.name)
-    if "type_proto" in tensor.__dict__:
+    if tensor.type_proto is not None:
         info.type.CopyFrom(tensor.type_proto)
         return info
     info.type.tensor_type.elem_type = onnx_dtype(tensor)

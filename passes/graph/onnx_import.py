@@ -149,7 +149,7 @@ class _Importer:
         return free_name(proto.name or next((name for name in proto.output if name), proto.op_type), self.node_names)
 
     def attribute(self, proto: onnx.AttributeProto, scope: Mapping[str, Tensor]) -> Any:
-        """The value as graphsurgeon holds it; None for what it cannot hold."""
+        """The value as a Node holds it; None for what it cannot hold."""
         if proto.ref_attr_name:
             return None
         if proto.type == proto.GRAPH:
@@ -221,7 +221,7 @@ def _lookup(name: str, scope: dict[str, Tensor], outer: Mapping[str, Tensor]) ->
 def variable_of(info: onnx.ValueInfoProto) -> Variable:
     kind = info.type.WhichOneof("value")
     if kind != "tensor_type":
-        variable = Variable(info.name, type=kind or "tensor_type")
+        variable = Variable(info.name)
         variable.type_proto = info.type
         return variable
     dtype, shape = tensor_type(info.type.tensor_type)

@@ -42,7 +42,7 @@ def extract(graph: Graph, inputs: Sequence[str], outputs: Sequence[str]) -> Grap
         producer_version=graph.producer_version,
         ir_version=graph.ir_version,
     )
-    part.metadata = dict(graph.__dict__.get("metadata", {}))
+    part.metadata = dict(graph.metadata)
     structure = to_structure(part)
     _free_inputs(structure, fresh_names(part))
     return from_structure(structure)
@@ -77,7 +77,7 @@ def _needed(outputs: Iterable[Tensor], cut: Iterable[Tensor]) -> set[int]:
 
 
 def _typed(tensor: Tensor) -> bool:
-    return bool(onnx_dtype(tensor)) or "type_proto" in tensor.__dict__
+    return bool(onnx_dtype(tensor)) or tensor.type_proto is not None
 
 
 def _free_inputs(structure: Structure, fresh: Callable[[str], str]) -> None:

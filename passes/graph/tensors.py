@@ -13,14 +13,14 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx.inliner
-from onnx_graphsurgeon import Constant as Constant
-from onnx_graphsurgeon import Graph as Graph
-from onnx_graphsurgeon import Node as Node
-from onnx_graphsurgeon import Tensor as Tensor
-from onnx_graphsurgeon import Variable as Variable
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from llmc.passes.graph.nodes import Array as Array
+from llmc.passes.graph.nodes import Constant as Constant
+from llmc.passes.graph.nodes import Graph as Graph
+from llmc.passes.graph.nodes import Node as Node
+from llmc.passes.graph.nodes import Tensor as Tensor
+from llmc.passes.graph.nodes import Variable as Variable
+
 Shape = tuple[int | str | None, ...]
 
 SMALL = 1024
@@ -28,7 +28,7 @@ SMALL = 1024
 FOUR_BIT = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
 
 
-class Weights(LazyValues):  # type: ignore[misc]  # graphsurgeon has no types
+class Weights:
     """The values of a constant, left where they are (a file, or the proto that was loaded) until asked for.
 
     `load()` gives a read-only array that views the file's pages: reading weights costs no anonymous memory.
@@ -134,12 +134,12 @@ def shape_of(tensor: Tensor) -> Shape | None:
 
 def metadata(node: Node) -> dict[str, str]:
     """The node's metadata (exporters put the source module there); writable."""
-    return cast("dict[str, str]", node.__dict__.setdefault("metadata", {}))
+    return node.metadata
 
 
 def extra_attributes(node: Node) -> list[onnx.AttributeProto]:
-    """Attributes that graphsurgeon cannot hold (types, sparse tensors, empty lists); kept as they came."""
-    return cast("list[onnx.AttributeProto]", node.__dict__.setdefault("extra_attributes", []))
+    """Attributes of kinds that `attrs` cannot hold (types, sparse tensors, empty lists); kept as they came."""
+    return node.extra_attributes
 
 
 def module_of(node: Node) -> str:

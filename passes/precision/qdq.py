@@ -74,7 +74,7 @@ def levels_dtype(node: Node) -> np.dtype[Any]:
 
 def producer(tensor: Tensor, *operators: str) -> Node | None:
     """The node that makes a tensor, where it is one of these operators of ONNX."""
-    node = None if isinstance(tensor, Constant) or not tensor.inputs else cast(Node, tensor.inputs[0])
+    node = None if isinstance(tensor, Constant) or not tensor.inputs else tensor.inputs[0]
     return node if node is not None and node.op in operators and not node.domain else None
 
 

@@ -70,7 +70,7 @@ class Retyping:
         self.graph.nodes = placed
         self._drop_idle_casts()
 
-    def _convert(self, tensor: Variable) -> None:
+    def _convert(self, tensor: Tensor) -> None:
         tensor.dtype = self.half.numpy
         self.converted.add(id(tensor))
 

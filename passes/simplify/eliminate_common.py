@@ -114,7 +114,7 @@ class _Scope:
         if node.op in RANDOM or (node.op == "Dropout" and _drops(node, self.opset)):
             return f"{node.op} gives another result each time"
         both = any(self.both_given_back(a, b) for a, b in zip(first.outputs, node.outputs, strict=True))
-        if both and (node.op == "Identity" or len(node.outputs) > 1 or "type_proto" in node.outputs[0].__dict__):
+        if both and (node.op == "Identity" or len(node.outputs) > 1 or node.outputs[0].type_proto is not None):
             return f"it and {_called(first)} both make outputs of the graph"
         return ""
 

@@ -142,7 +142,7 @@ class _Walk:
         list.clear(node.outputs)
         new = Node(instead.op, node.name, instead.attributes, inputs, outputs)
         metadata(new).update(metadata(node))
-        new.doc_string = node.__dict__.get("doc_string", "")
+        new.doc_string = node.doc_string
         return new
 
     def drop_bypassed(self, scope: Graph) -> None:

@@ -121,8 +121,8 @@ class _Folder:
             return None
         if node.op in ("Shape", "Size"):
             return self.shape_value(node)
-        inputs = [tensor for tensor in node.inputs if tensor.name]
-        if any(not isinstance(tensor, Constant) for tensor in inputs):
+        inputs = [tensor for tensor in node.inputs if isinstance(tensor, Constant)]
+        if len(inputs) < sum(bool(tensor.name) for tensor in node.inputs):
             return self.followed(node)
         if node.op == "Constant" or any(True for _ in node.subgraphs()):
             return None

@@ -42,11 +42,11 @@ class Site:
 
     @property
     def op(self) -> str:
-        return cast(str, self.node.op)
+        return self.node.op
 
     @property
     def attributes(self) -> dict[str, Any]:
-        return cast("dict[str, Any]", self.node.attrs)
+        return self.node.attrs
 
     @property
     def inputs(self) -> list[Tensor]:

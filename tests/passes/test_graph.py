@@ -25,6 +25,7 @@ from llmc.passes.graph import (
     replace_uses,
     rewire,
     save_model,
+    scopes,
     to_model,
 )
 
@@ -37,7 +38,7 @@ BRANCHES = (
 def edges(graph: Graph) -> dict[str, list[str]]:
     """Tensor → outputs of the nodes that read it, checked against what those nodes say they read."""
     found: dict[str, list[str]] = {}
-    for scope in (graph, *graph.subgraphs(recursive=True)):
+    for scope in scopes(graph):
         for node in scope.nodes:
             for tensor in node.inputs:
                 assert sum(user is node for user in tensor.outputs) == sum(t is tensor for t in node.inputs)

@@ -15,7 +15,7 @@ from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger
 from llmc.passes.decompose.decompose_contrib import FAMILIES, REFUSALS, DecomposeContrib
 from llmc.passes.decompose.decompose_quantized import FAMILIES as QUANTIZED_FAMILIES
-from llmc.passes.graph import Graph, from_model, metadata, to_model
+from llmc.passes.graph import Graph, from_model, metadata, scopes, to_model
 
 TWO = (
     "(float[N,4] x) => (float[N,4] y, float[N,4] z) <float[4] b = {1, 2, 3, 4}> "
@@ -32,7 +32,7 @@ def graph_of(text: str, opset: int = 23) -> Graph:
 
 
 def operators(graph: Graph) -> list[str]:
-    return [node.op for scope in (graph, *graph.subgraphs(recursive=True)) for node in scope.nodes]
+    return [node.op for scope in scopes(graph) for node in scope.nodes]
 
 
 FIRES = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger
-from llmc.passes.graph import Graph, from_model, to_model
+from llmc.passes.graph import Graph, from_model, scopes, to_model
 from llmc.passes.precision.fold_qdq import FoldQdq
 
 GRIDS = (
@@ -175,7 +175,7 @@ LEAVES_ALONE = {
 
 
 def operators(graph: Graph) -> list[str]:
-    return [node.op for scope in (graph, *graph.subgraphs(recursive=True)) for node in scope.nodes]
+    return [node.op for scope in scopes(graph) for node in scope.nodes]
 
 
 def feeds_for(graph: Graph, random_feeds: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger
-from llmc.passes.graph import Graph, constants, from_model, load_model, save_model, to_model
+from llmc.passes.graph import Graph, constants, from_model, load_model, save_model, scopes, to_model
 from llmc.passes.simplify.eliminate_common import EliminateCommon
 
 X = "(float[N,4] x) => (float[N,4] y)"
@@ -113,7 +113,7 @@ def test_merges(name: str, parse: Any, random_feeds: Any) -> None:
 
 
 def nodes(graph: Graph) -> Any:
-    return (node for scope in (graph, *graph.subgraphs(recursive=True)) for node in scope.nodes)
+    return (node for scope in scopes(graph) for node in scope.nodes)
 
 
 @pytest.mark.parametrize("name", LEAVES_ALONE)

@@ -8,7 +8,7 @@ import pytest
 
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger
-from llmc.passes.graph import Graph, constants, copy_graph, from_model, to_model
+from llmc.passes.graph import Graph, constants, copy_graph, from_model, scopes, to_model
 from llmc.passes.simplify.eliminate_dead import EliminateDead
 
 IF = (
@@ -31,7 +31,7 @@ TABLE = {
 
 
 def made(graph: Graph) -> set[str]:
-    return {t.name for scope in (graph, *graph.subgraphs(recursive=True)) for n in scope.nodes for t in n.outputs}
+    return {t.name for scope in scopes(graph) for n in scope.nodes for t in n.outputs}
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger
-from llmc.passes.graph import Array, Constant, Derived, Graph, constants, copy_graph, from_model, to_model
+from llmc.passes.graph import Array, Constant, Derived, Graph, constants, copy_graph, from_model, scopes, to_model
 from llmc.passes.simplify.fold_constants import RECOMPUTED_FROM, FoldConstants
 
 FOLDS = {
@@ -143,8 +143,7 @@ LEAVES_ALONE = {
 
 
 def tensors_made(graph: Graph) -> set[str]:
-    scopes = (graph, *graph.subgraphs(recursive=True))
-    return {t.name for scope in scopes for node in scope.nodes for t in node.outputs if t.name}
+    return {t.name for scope in scopes(graph) for node in scope.nodes for t in node.outputs if t.name}
 
 
 @pytest.mark.parametrize("name", FOLDS)
