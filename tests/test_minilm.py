@@ -165,7 +165,7 @@ def test_a_second_compile_gives_the_same_bytes(source: Any, tmp_path: Path) -> N
 def test_int8(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_path: Path) -> None:
     report = run_compile(source[0], "minilm-int8", tmp_path / "out", **source[1])
     check_engine(tmp_path / "out", report)
-    assert cosines(tmp_path / "out", tokens, expected).mean() >= 0.97
+    assert cosines(tmp_path / "out", tokens, expected).mean() >= 0.997
     # six layers of 4 matrices [384, 384] and 2 of [384, 1536], a zero point for each of their channels, and for each
     # of the 24 tensors that they multiply: queries, keys and values are made of one
     zero_points = 6 * (4 * 384 + 1536 + 384) + 24

@@ -4,15 +4,30 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger, LlmcError, PassResult, Skip
-from llmc.passes.graph import Array, Constant, Graph, Node, copy_graph, digest, load_values, metadata, module_of
-from llmc.passes.precision.quantize_int8 import Calibration, QuantizeInt8, quantize, scales
+from llmc.passes.graph import (
+    Array,
+    Constant,
+    Graph,
+    Node,
+    copy_graph,
+    digest,
+    load_values,
+    metadata,
+    module_of,
+    to_model,
+)
+from llmc.passes.precision.calibration import Clipping
+from llmc.passes.precision.int8_grid import quantize, scales
+from llmc.passes.precision.quantize_int8 import QuantizeInt8
 
 RNG = np.random.default_rng(0)
 
@@ -36,7 +51,9 @@ class Peaks:
 
 
 def run(graph: Graph, activations: Peaks | None = None, stop_after: int | None = None, **parameters) -> PassResult:
-    return QuantizeInt8(**parameters).run(graph, Context(Ledger(stop_after), activations or Peaks()))
+    """The pass without bias correction, which needs more of the activations than their peaks."""
+    step = QuantizeInt8(correct_bias=False, **parameters)
+    return step.run(graph, Context(Ledger(stop_after), activations or Peaks()))
 
 
 def with_weights(graph: Graph, **values: Array) -> Graph:
@@ -273,7 +290,7 @@ def test_products_share_one_pair_and_the_residual_stays_float(parse):
     )
     peaks = Peaks()
 
-    result = run(graph, peaks, calibration=Calibration(method="percentile", percentile=99.0, samples=7))
+    result = run(graph, peaks, calibration=Clipping(method="percentile", percentile=99.0, samples=7))
 
     assert peaks.asked == [(["h"], "percentile", 99.0, 7)], "one question, each tensor once"
     assert operators(graph) == {
@@ -492,6 +509,49 @@ def test_two_runs_give_the_same_graph(parse):
     run(graph)
     run(twin)
     assert digest(graph) == digest(twin)
+
+
+# Bias correction
+
+BIASED = {
+    "matmul and add": "(float[N,6] x, float[6,5] w, float[5] b) => (float[N,5] y) { m = MatMul(x, w) y = Add(b, m) }",
+    "matmul alone": "(float[N,6] x, float[6,5] w) => (float[N,5] y) { y = MatMul(x, w) }",
+    "matmul, read twice": "(float[N,6] x, float[6,5] w, float[5] b) => (float[N,5] y, float[N,5] r)"
+    "{ y = MatMul(x, w) a = Add(y, b) r = Relu(a) }",
+    "gemm": "(float[N,6] x, float[6,5] w, float[5] b) => (float[N,5] y) { y = Gemm <beta=0.5> (x, w, b) }",
+    "gemm without bias": "(float[N,6] x, float[6,5] w) => (float[N,5] y) { y = Gemm <beta=0.5> (x, w) }",
+    "conv": "(float[N,6,4,4] x, float[5,6,3,3] w, float[5] b) => (float[N,5,2,2] y) { y = Conv(x, w, b) }",
+    "conv without bias": "(float[N,6,4,4] x, float[5,6,3,3] w) => (float[N,5,2,2] y) { y = Conv(x, w) }",
+}
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_no_channel_is_off_on_average(case, parse):
+    graph = parse(BIASED[case])
+    rng = np.random.default_rng(1)
+    shapes = {tensor.name: tensor.shape for tensor in graph.inputs}
+    given = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items() if n != "x"}
+    graph = with_weights(graph, **given)
+    # far from 0, and rounded alike each time: what a bias can make up for
+    sample = {"x": (5 + 0.01 * rng.standard_normal((64, *shapes["x"][1:]))).astype(np.float32)}
+    exact = Session(graph).run(sample)["y"]
+    off = {}
+    for corrected in (False, True):
+        rounded = copy_graph(graph)
+        QuantizeInt8(correct_bias=corrected).run(rounded, Context(Ledger(), SampledActivations([sample])))
+        onnx.checker.check_model(to_model(rounded), full_check=True)
+        difference = Session(rounded).run(sample)["y"] - exact
+        off[corrected] = np.abs(difference.mean(axis=tuple(i for i in range(difference.ndim) if i != 1)))
+    assert off[False].max() > 1e-2
+    assert off[True].max() < 1e-4, "a few roundings of float32 at a magnitude of 50"
+
+
+def test_a_product_with_a_bias_that_is_computed_keeps_it(parse):
+    text = "(float[N,6] x, float[N,5] b, float[6,5] w) => (float[N,5] y) { y = Gemm(x, w, b) }"
+    graph = with_weights(parse(text), w=random(6, 5))
+    sample = {"x": random(4, 6), "b": random(4, 5)}
+    QuantizeInt8().run(graph, Context(Ledger(), SampledActivations([sample])))
+    assert find(graph, "Gemm")[0].inputs[2].name == "b"
 
 
 # Numbers

@@ -1,0 +1,26 @@
+"""Where a pass that needs activations gets them: a section of its parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Calibration(BaseModel):
+    """Which samples the activations come from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    data: Path | None = Field(None, description="Folder of .npz files, or text file with one sample a line.")
+    samples: int = Field(128, gt=0, description="Samples to use, from the first; all where there are fewer.")
+
+
+class Clipping(Calibration):
+    """Where the scales of activations come from."""
+
+    method: Literal["minmax", "percentile", "entropy", "mse"] = Field(
+        "mse", description="How to choose where activations clip."
+    )
+    percentile: float = Field(99.99, gt=0, le=100, description="Percent of values left unclipped by 'percentile'.")

@@ -1,0 +1,106 @@
+"""Puts QuantizeLinear and DequantizeLinear before the products that are to be INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import numpy as np
+import onnx
+
+from llmc.passes.base import LlmcError
+from llmc.passes.graph import (
+    Array,
+    Constant,
+    Derived,
+    Graph,
+    Node,
+    Tensor,
+    Variable,
+    fresh_names,
+    metadata,
+    outputs_of_scopes,
+    unlink,
+)
+from llmc.passes.precision.int8_grid import quantize, scales
+from llmc.passes.precision.int8_products import Product, Reader
+
+
+class Inserter:
+    """Puts Q/DQ pairs before the nodes that use them, each pair once."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.fresh = fresh_names(graph)
+        self.made: dict[tuple[int, int | None], Variable] = {}
+        """(id of the tensor, channel axis; None for an activation) → what DequantizeLinear gives."""
+        self.before: dict[int, list[Node]] = {}
+        """id of a node → nodes that must stand before it."""
+        self.replaced: list[Tensor] = []
+
+    def quantize(self, product: Product, amax: Mapping[str, float]) -> None:
+        node = product.node
+        for position, tensor in enumerate(list(node.inputs[:2])):
+            if tensor is product.weight:
+                node.inputs[position] = self._weight(product)
+                self.replaced.append(tensor)
+            else:
+                node.inputs[position] = self._activation(product, tensor, amax[tensor.name])
+
+    def _activation(self, product: Product, tensor: Tensor, amax: float) -> Variable:
+        if (id(tensor), None) not in self.made:
+            parameters = self._parameters(tensor.name, scales(np.asarray(amax), product.dtype))
+            quantized = Variable(self.fresh(f"{tensor.name}_int8"), np.dtype(np.int8), tensor.shape)
+            self._node("QuantizeLinear", product.node, [tensor, *parameters], quantized)
+            self._dequantize(product, tensor, [quantized, *parameters])
+        return self.made[id(tensor), None]
+
+    def _weight(self, product: Product) -> Variable:
+        weight, axis = cast("Tensor", product.weight), product.axis
+        if (id(weight), axis) not in self.made:
+            read = cast("Reader", product.read)
+            values = read()
+            others = tuple(i for i in range(values.ndim) if i != axis)
+            amax = np.abs(values).max(axis=others, initial=0)
+            if not np.isfinite(amax).all():
+                raise LlmcError(f"quantize-int8: weight '{weight.name}' of {product.node.name} has NaN or infinity")
+            scale = scales(amax, product.dtype)
+            spread = np.expand_dims(scale, others)
+            stored = Derived(onnx.TensorProto.INT8, values.shape, lambda: quantize(read(), spread))
+            constant = Constant(self.fresh(f"{weight.name}_int8"), stored)
+            self._dequantize(product, weight, [constant, *self._parameters(weight.name, scale)], axis=axis)
+        return self.made[id(weight), axis]
+
+    def _parameters(self, name: str, scale: Array) -> list[Constant]:
+        """Scale, and zero points of its shape."""
+        zeros = np.zeros(scale.shape, np.int8)
+        return [Constant(self.fresh(f"{name}_scale"), scale), Constant(self.fresh(f"{name}_zero_point"), zeros)]
+
+    def _dequantize(self, product: Product, tensor: Tensor, inputs: list[Tensor], **axis: int) -> None:
+        made = Variable(self.fresh(f"{tensor.name}_dequantized"), product.dtype, inputs[0].shape)
+        self._node("DequantizeLinear", product.node, inputs, made, **axis)
+        self.made[id(tensor), axis.get("axis")] = made
+
+    def _node(self, op: str, user: Node, inputs: list[Tensor], output: Variable, **attributes: int) -> None:
+        node = Node(op, self.fresh(f"{output.name}/{op}"), attributes, inputs, [output])
+        metadata(node).update(metadata(user))
+        self.before.setdefault(id(user), []).append(node)
+
+    def finish(self) -> None:
+        """Bring the nodes in order, and drop those that made weights that nothing uses now."""
+        nodes = [new for node in self.graph.nodes for new in (*self.before.get(id(node), ()), node)]
+        outputs = outputs_of_scopes(self.graph)
+        dropped = {id(node) for tensor in self.replaced for node in _unused(tensor, outputs)}
+        self.graph.nodes = [node for node in nodes if id(node) not in dropped]
+
+
+def _unused(tensor: Tensor, outputs: set[int]) -> Iterator[Node]:
+    """The nodes that made `tensor`, and are of no use without it; their edges are taken away."""
+    if tensor.outputs or id(tensor) in outputs:
+        return
+    for node in list(tensor.inputs):
+        sources = list(node.inputs)
+        unlink(node)
+        yield node
+        for source in sources:
+            yield from _unused(source, outputs)

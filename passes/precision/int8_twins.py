@@ -1,0 +1,74 @@
+"""What each product loses in INT8: a twin of it, quantized, beside it in the float graph, on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from llmc.passes.base import Activations
+from llmc.passes.graph import Array, Graph, Node, Variable, fresh_names
+from llmc.passes.precision.insert_qdq import Inserter
+from llmc.passes.precision.int8_products import Product
+
+
+@dataclass
+class Loss:
+    """How far a product in INT8 is from the same in float, all before it being float."""
+
+    channels: int | None
+    """The axis of the result that a bias runs along."""
+    values: int = 0
+    signal: float = 0.0
+    """Sum of squares of the float result."""
+    noise: float = 0.0
+    """Sum of squares of the difference."""
+    total: Array | None = field(default=None, repr=False)
+    """Sum of the difference over all but the channels: [channels]."""
+
+    def add(self, exact: Array, rounded: Array) -> None:
+        """Take in the results on one sample."""
+        off = exact.astype(np.float64) - rounded.astype(np.float64)
+        self.signal += float(np.square(exact, dtype=np.float64).sum())
+        self.noise += float(np.square(off).sum())
+        self.values += off.size
+        if self.channels is not None:
+            sums = np.moveaxis(off, self.channels, -1).reshape(-1, off.shape[self.channels]).sum(axis=0)
+            self.total = sums if self.total is None else self.total + sums
+
+    @property
+    def bias(self) -> Array | None:
+        """What INT8 lacks on average: [channels]."""
+        if self.total is None or not self.values:
+            return None
+        return self.total * (self.total.size / self.values)
+
+    @property
+    def relative(self) -> float:
+        """Norm of the difference over that of the float result."""
+        return float(np.sqrt(self.noise / self.signal)) if self.signal else 0.0
+
+
+def losses(
+    graph: Graph, products: Sequence[Product], amax: Mapping[str, float], activations: Activations, samples: int
+) -> list[Loss]:
+    """What each of the products of `graph` loses, in their order. `graph` is a copy to spoil: twins are put into it."""
+    inserter, fresh = Inserter(graph), fresh_names(graph)
+    pairs = []
+    after: dict[int, Node] = {}
+    for product in products:
+        node = product.node
+        made = Variable(fresh(f"{node.outputs[0].name}_twin"), node.outputs[0].dtype, node.outputs[0].shape)
+        twin = Node(node.op, fresh(f"{node.name}_twin"), dict(node.attrs), list(node.inputs), [made])
+        after[id(node)] = twin
+        pairs.append((node.outputs[0].name, made.name))
+    graph.nodes = [new for node in graph.nodes for new in (node, *([after[id(node)]] if id(node) in after else []))]
+    for product in products:
+        inserter.quantize(replace(product, node=after[id(product.node)]), amax)
+    inserter.finish()
+    found = [Loss(product.channels) for product in products]
+    for _, values in activations.stream(graph, [name for pair in pairs for name in pair], samples):
+        for loss, (exact, rounded) in zip(found, pairs, strict=True):
+            loss.add(values[exact], values[rounded])
+    return found

@@ -1,0 +1,120 @@
+"""A bounded sample of the rows of an activation, and the range of each channel, for searches by output error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmc.passes.base import Activations, LlmcError
+from llmc.passes.graph import Array, Graph
+
+FOLDS = 2
+"""Parts that the rows fall into. What is fitted to one is judged on the other: rows not seen decide."""
+KEPT = 256
+"""Rows that are kept of each part."""
+
+
+@dataclass
+class Fold:
+    """One part of the rows: the range of its channels over all of them, and those kept."""
+
+    low: Array
+    """[channels]."""
+    high: Array
+    """[channels]."""
+    digests: Array
+    """[rows kept]: uint64, rising."""
+    rows: Array
+    """[rows kept, channels]: float32."""
+
+
+@dataclass
+class Rows:
+    """What is remembered of an activation [rows, channels]. The same rows give the same, in any order and batches.
+
+    A row's part, and whether it is kept, follow from a digest of its values.
+    """
+
+    channels: int
+    folds: list[Fold] = field(init=False)
+
+    def __post_init__(self) -> None:
+        def fold() -> Fold:
+            nothing = np.full(self.channels, np.inf, np.float32)
+            return Fold(nothing, -nothing, np.empty(0, np.uint64), np.empty((0, self.channels), np.float32))
+
+        self.folds = [fold() for _ in range(FOLDS)]
+
+    def add(self, rows: Array) -> None:
+        """Take in activations [rows, channels], finite, of any float type."""
+        rows = np.ascontiguousarray(rows, np.float32)
+        digests = digest(rows)
+        for number, fold in enumerate(self.folds):
+            mine = digests % np.uint64(FOLDS) == number
+            if mine.any():
+                _add(fold, rows[mine], digests[mine])
+
+    @property
+    def low(self) -> Array:
+        """The least value of each channel: [channels]."""
+        least: Array = np.minimum.reduce([fold.low for fold in self.folds])
+        return least
+
+    @property
+    def high(self) -> Array:
+        """The largest value of each channel: [channels]."""
+        largest: Array = np.maximum.reduce([fold.high for fold in self.folds])
+        return largest
+
+
+def _add(fold: Fold, rows: Array, digests: Array) -> None:
+    fold.low = np.minimum(fold.low, rows.min(axis=0))
+    fold.high = np.maximum(fold.high, rows.max(axis=0))
+    together = np.concatenate([fold.digests, digests])
+    kept = np.argsort(together, kind="stable")[:KEPT]
+    old = len(fold.digests)
+    fold.rows = np.stack([fold.rows[i] if i < old else rows[i - old] for i in kept])
+    fold.digests = together[kept]
+
+
+def digest(rows: Array) -> Array:
+    """A number for each row of float32 [rows, channels] → uint64 [rows]: a weighted sum of its bits, mixed."""
+    weights = np.random.default_rng(0).integers(0, 1 << 63, rows.shape[1], np.uint64) * 2 + 1
+    value = (rows.view(np.uint32) * weights).sum(axis=1, dtype=np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # SplitMix64, Steele et al. (2014)
+        value = (value ^ (value >> np.uint64(shift))) * np.uint64(factor)
+    mixed: Array = value ^ (value >> np.uint64(31))
+    return mixed
+
+
+def gather_rows(activations: Activations, graph: Graph, channels: Mapping[str, int], samples: int) -> dict[str, Rows]:
+    """The rows of each tensor, of so many channels along its last axis, in one pass over the samples.
+
+    Raises LlmcError where a tensor is NaN or infinite.
+    """
+    found = {name: Rows(size) for name, size in channels.items()}
+    for number, values in activations.stream(graph, list(channels), samples):
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                raise LlmcError(
+                    f"calibration: tensor '{name}' is NaN or infinite on sample {number}; "
+                    "remove that sample, or exclude the nodes that use the tensor"
+                )
+            found[name].add(value.reshape(-1, channels[name]))
+    return found
+
+
+def batched(channels: Mapping[str, int], memory: int) -> list[dict[str, int]]:
+    """The tensors in lists whose rows fit in `memory` bytes together; one that alone does not is alone."""
+    parts: list[dict[str, int]] = [{}]
+    used = 0
+    for name, size in channels.items():
+        need = size * 4 * FOLDS * (KEPT + 4)
+        if parts[-1] and used + need > memory:
+            parts.append({})
+            used = 0
+        parts[-1][name] = size
+        used += need
+    return parts if parts[0] else []
