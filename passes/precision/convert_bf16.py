@@ -16,8 +16,10 @@ class ConvertBf16(ConvertHalf):
     up to 3.39e38 fit, and those down to 1.18e-38. TensorRT takes it from SM80 on.
 
     float32 stays, with the reason in the report: operators without a bfloat16 form; sums along an axis, coordinates,
-    angles of Sin and Cos and what becomes an integer, as far back as weights; subgraphs; what `keep` names. Numbers
-    that stand for minus infinity in front of a softmax become -8.47e37.
+    angles of Sin and Cos and what becomes an integer, as far back as weights; subgraphs; what `keep` names; and nodes
+    that rounding puts further off on the data than `loss` allows, such as differences of large numbers, with those
+    before them that have to be exact for it. Numbers that stand for minus infinity in front of a softmax become
+    -8.47e37.
 
     **Safety:** lossy: 8 bits of precision instead of 24, a relative error of 2^-8 = 3.9e-3 for each rounding.
 

@@ -20,8 +20,10 @@ class ConvertFp16(ConvertHalf):
     float32 stays, with the reason in the report: tensors that come near 65504 on the data or stay under 2^-14, and
     constants beyond that or too small for float16 (an epsilon of 1e-12), with all that touches them; operators without
     a float16 form; sums along an axis, coordinates, angles of Sin and Cos and what becomes an integer, as far back as
-    weights; subgraphs; what `keep` names. Numbers that stand for minus infinity in front of a softmax become -16376,
-    to which scores can be added without overflow; bounds of Clip beyond float16 become its ends.
+    weights; subgraphs; what `keep` names; and nodes that rounding puts further off on the data than `loss` allows, such
+    as differences of large numbers, with those before them that have to be exact for it. Numbers that stand for minus
+    infinity in front of a softmax become -16376, to which scores can be added without overflow; bounds of Clip beyond
+    float16 become its ends.
 
     **Safety:** lossy: 11 bits of precision instead of 24, a relative error of 2^-11 = 4.9e-4 for each rounding.
 

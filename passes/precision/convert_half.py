@@ -35,10 +35,13 @@ from llmc.passes.precision.half import (
     magnitude,
     misfit,
 )
+from llmc.passes.precision.half_twins import DEEPEST, find_lossy
 from llmc.passes.precision.retype import Retyping
 from llmc.passes.precision.selection import LANGUAGE, Pattern, named
 from llmc.passes.simplify.evaluate import MOVE
 
+UNTRIED = MOVE | {"Cast", "ConstantOfShape", "DequantizeLinear", "QuantizeLinear"}
+"""Operators that round their input, or nothing."""
 MASKING = MOVE | {"Add", "Cast", "Max", "Min", "Mul"}
 """Operators that a mask may pass on its way to a softmax."""
 
@@ -56,6 +59,11 @@ class ConvertHalf(Pass):
     )
     margin: float = Field(
         4.0, ge=1, description="Headroom: how many times larger than measured an activation may become."
+    )
+    loss: float = Field(
+        16.0,
+        gt=1,
+        description="How far off a node may be, by rounding what it reads and gives, in roundings of one number.",
     )
 
     def run(self, graph: Graph, context: Context) -> PassResult:
@@ -135,6 +143,7 @@ class _Decisions:
         self._keep_by_operator()
         self._keep_exact()
         self._keep_what_does_not_fit(context)
+        self._keep_what_loses(context)
 
     def keep(self, node: Node, reason: str) -> None:
         """Leave the node in float32; the first reason counts."""
@@ -233,6 +242,32 @@ class _Decisions:
                 self.misfits.update((id(t), self.kept[id(node)]) for t in outputs)
             if node.op in SQUARES:
                 self._check_square(node, peaks)
+
+    def _keep_what_loses(self, context: Context) -> None:
+        """Keep nodes that rounding puts further off than the settings allow, and what has to be exact before them."""
+        tried = [
+            node.name
+            for node in self.graph.nodes
+            if id(node) in self.forms and id(node) not in self.kept and node.op not in UNTRIED and self._is_tried(node)
+        ]
+        if context.activations is None or not tried:
+            return
+        limit = self.settings.loss / self.half.whole
+        border = self.settings.inputs_outputs == "convert"
+        lossy = find_lossy(self.graph, tried, self.half, limit, context.activations, border=border)
+        for node in self.graph.nodes:
+            if node.name in lossy.kept and id(node) in self.forms:
+                self.keep(node, lossy.kept[node.name])
+        half = self.half.name
+        self.result.warnings += [
+            f"'{name}' is {loss:.2%} off on the data in {half}, and with {DEEPEST} nodes before it in float32 too"
+            for name, loss in lossy.hopeless.items()
+        ]
+
+    def _is_tried(self, node: Node) -> bool:
+        """Whether the node's first result is a number of its own, no mask, and not quantized."""
+        tensors = [*node.inputs, *node.outputs]
+        return 0 in self.forms[id(node)].outputs and not any(id(tensor) in self.masked for tensor in tensors)
 
     def _misfit(self, node: Node, tensor: Tensor, peaks: Mapping[str, float]) -> str:
         if isinstance(tensor, Constant):
