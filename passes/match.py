@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -34,7 +35,7 @@ BFLOAT16_TOLERANCE = 4e-3
 """The same for constants in bfloat16, which has 8 bits: off by at most 2^-8 = 3.9e-3."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Match:
     """Where a rule fits: what each parameter is bound to, and the nodes that the pattern covers."""
 
@@ -116,7 +117,7 @@ class Matcher:
             value: Any = match.bindings.get(parameter.name)
             single = parameter.kind is Scalar and value is not None
             bound[parameter.name] = float(value.reshape(-1)[0]) if single else value
-        wanted = list(inspect.signature(method).parameters.values())[len(before) :]
+        wanted = _parameters(method)[len(before) :]
         if any(p.kind is p.VAR_POSITIONAL for p in wanted):
             return method(*before, *bound.values())
         return method(*before, **{p.name: bound[p.name] for p in wanted})
@@ -260,6 +261,8 @@ class Matcher:
 
     def _attributes(self, pattern: Operator, node: Node, bindings: dict[str, Any], depth: int) -> dict[str, Any] | None:
         """The bindings with this node's attributes, None where one of them is not what the pattern says."""
+        if not pattern.attributes and not node.attrs:
+            return bindings
         bound = dict(bindings)
         defaults = self.defaults[id(pattern)]
         named = set(pattern.attributes)
@@ -318,13 +321,20 @@ def _is_computed(node: Node, name: str) -> bool:
 
 def _data_inputs(pattern: Operator, node: Node) -> list[Tensor]:
     """The node's inputs without those that the pattern names as attributes."""
-    named = {ATTRIBUTE_BECAME_INPUT.get(node.op, {}).get(name, (0, 0))[0] for name in pattern.attributes} - {0}
-    inputs = [t for i, t in enumerate(node.inputs) if i not in named]
+    became = ATTRIBUTE_BECAME_INPUT.get(node.op, {}) if pattern.attributes else {}
+    named = {became[name][0] for name in pattern.attributes if name in became}
+    inputs = [t for i, t in enumerate(node.inputs) if i not in named] if named else list(node.inputs)
     while inputs and inputs[-1].is_empty():
         inputs.pop()
     return inputs
 
 
+@cache
+def _parameters(method: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(method).parameters.values())
+
+
+@cache
 def _defaults(op: str, domain: str, opset: int) -> dict[str, object]:
     try:
         schema = onnx.defs.get_schema(op, max_inclusive_version=opset, domain=domain)

@@ -246,9 +246,9 @@ class Rewrite(ABC):
     def heart(self) -> Operator:
         """The operator that tells the pattern best: in every alternative of it, once, and rare in the wild.
 
-        Where it stands unmatched, the user hears why.
+        Of several, the innermost. Where it stands unmatched, the user hears why.
         """
-        needed = list(_required(self.values[0]).values())
+        needed = list(_required(self.values[0]).values())[::-1]
         if not needed:
             raise TypeError(f"{self.name}: the options of its `either` share no operator: make them rules of their own")
         kinds = [o.op for o in needed]

@@ -22,6 +22,7 @@ from llmc.passes.graph import (
     metadata,
     module_of,
     onnx_dtype,
+    operators,
     outputs_of_scopes,
     scopes,
 )
@@ -85,6 +86,8 @@ class MergeProjections(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         result = PassResult()
+        if operators(graph).isdisjoint({"Attention", "Split"}):
+            return result
         merger = _Merger(graph, context, result)
         for scope in scopes(graph):
             merger.merge(scope)

@@ -12,6 +12,7 @@ from llmc.passes.graph.edit import constant_value as constant_value
 from llmc.passes.graph.edit import constants as constants
 from llmc.passes.graph.edit import fresh_names as fresh_names
 from llmc.passes.graph.edit import load_values as load_values
+from llmc.passes.graph.edit import operators as operators
 from llmc.passes.graph.edit import outputs_of_scopes as outputs_of_scopes
 from llmc.passes.graph.edit import reads as reads
 from llmc.passes.graph.edit import remove_nodes as remove_nodes

@@ -28,6 +28,11 @@ def scopes(graph: Graph) -> list[Graph]:
     return found
 
 
+def operators(graph: Graph) -> set[str]:
+    """The operators that the graph and its subgraphs have, of any domain."""
+    return {node.op for scope in scopes(graph) for node in scope.nodes}
+
+
 def outputs_of_scopes(graph: Graph) -> set[int]:
     """The ids of the tensors that the graph or a subgraph gives back."""
     return {id(tensor) for scope in scopes(graph) for tensor in scope.outputs}

@@ -21,6 +21,7 @@ from llmc.passes.graph import (
     metadata,
     module_of,
     onnx_dtype,
+    operators,
     outputs_of_scopes,
     remove_nodes,
     replace_uses,
@@ -70,6 +71,8 @@ class FoldQdq(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         result = PassResult()
+        if operators(graph).isdisjoint({"QuantizeLinear", "DequantizeLinear"}):
+            return result
         context.infer_shapes(graph)
         given_back, fresh = outputs_of_scopes(graph), fresh_names(graph)
         for scope in scopes(graph):

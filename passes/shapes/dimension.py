@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, lru_cache, reduce
 
 Monomial = tuple[str, ...]
 UNKNOWN = "?"
@@ -34,6 +34,7 @@ class Dimension:
     terms: frozenset[tuple[Monomial, int]]
 
     @staticmethod
+    @lru_cache(1 << 12)
     def of(value: int | str) -> Dimension:
         if isinstance(value, str):
             return Dimension(frozenset({((value,), 1)}))
@@ -51,7 +52,7 @@ class Dimension:
             return Dimension.of(name)
         return reduce(Dimension.__add__, map(Dimension.of, parts))
 
-    @property
+    @cached_property
     def number(self) -> int | None:
         """The size as an integer; None where it depends on the inputs."""
         if not self.terms:
@@ -64,7 +65,7 @@ class Dimension:
         """Whether no term is negative: true for every size that a tensor can have, false for -1."""
         return all(factor > 0 for _, factor in self.terms)
 
-    @property
+    @cached_property
     def is_unknown(self) -> bool:
         """Whether nothing is known of it."""
         return len(self.terms) == 1 and all(len(s) == 1 and s[0][0] == UNKNOWN and f == 1 for s, f in self.terms)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -22,20 +23,18 @@ HEADS = 12
 
 
 def llmc() -> Optimize:
-    """The passes of the recipe `optimize`, without verification."""
+    """The passes of the recipe `optimize` as a compile runs them, without verification."""
     from llmc.compiler.recipe import Recipe
     from llmc.passes.base import Context, Skip
-    from llmc.passes.graph import load_model, save_model
+    from llmc.passes.graph import collector_paused, load_model, save_model
 
     passes = Recipe.load("optimize").passes
 
     def optimize(source: Path, target: Path) -> None:
         graph, context = load_model(source), Context()
         for step in passes:
-            try:
+            with suppress(Skip), collector_paused():
                 step.run(graph, context)
-            except Skip:
-                continue
         save_model(graph, target)
 
     return optimize
