@@ -10,6 +10,7 @@ import onnx
 
 from llmc.compiler.cache.memory import NOTHING, Memory, State
 from llmc.compiler.cache.passes import Outcome, PassMemory
+from llmc.compiler.cache.store import DamagedError
 from llmc.compiler.calibrate import SampledActivations
 from llmc.passes.base import Context, Ledger, LlmcError, Pass, PassError, PassResult, Skip
 from llmc.passes.graph import Graph, Structure, collector_paused, to_structure
@@ -126,7 +127,7 @@ def _run(step: Step, step_pass: Pass, context: Context, memory: Memory) -> None:
             step.result = step_pass.run(graph, context)
     except Skip as skip:
         step.skipped = str(skip)
-    except (LlmcError, PassError):
+    except (LlmcError, PassError, DamagedError):
         raise
     except Exception as error:
         raise PassCrash(step, error) from error

@@ -138,7 +138,7 @@ def _entries(store: Store) -> Iterator[_Entry]:
     for path in _files(store.root / "records"):
         record = parse_record(path.read_bytes())
         if record is None:
-            path.unlink()
+            store.drop(path, "record")
             continue
         about = path.stat()
         found.append(_Entry(path, path.parents[1].name, record.blobs, about.st_size, about.st_mtime_ns))

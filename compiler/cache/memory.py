@@ -18,7 +18,7 @@ from llmc.compiler.cache.collect import collect
 from llmc.compiler.cache.keys import key_of
 from llmc.compiler.cache.store import Record, Store
 from llmc.compiler.report.statistics import count_operators, weights_by_dtype
-from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values, to_structure
+from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values
 
 T = TypeVar("T")
 _LOGGER = logging.getLogger("llmc.cache")
@@ -34,12 +34,31 @@ class WeightRef:
     shape: tuple[int, ...]
 
 
+class KeptWeights(Weights):
+    """Values in the cache, their bytes verified when they are read first."""
+
+    def __init__(self, store: Store, ref: WeightRef) -> None:
+        super().__init__(ref.dtype, ref.shape, FileRegion(store.path(ref.sha256), 0))
+        self.store, self.sha256 = store, ref.sha256
+
+    def load(self) -> Array:
+        """The values. Raises DamagedError."""
+        self.store.blob(self.sha256)
+        return super().load()
+
+
 @dataclass(frozen=True)
 class GraphRef:
     """A graph in the cache: the digest of its proto, and its large weights by name."""
 
     model: str
     weights: Mapping[str, WeightRef]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole."""
+        lines = sorted(f"{name} {w.sha256} {w.dtype} {w.shape}" for name, w in self.weights.items())
+        return hashlib.sha256("\n".join([self.model, *lines]).encode()).hexdigest()
 
     @classmethod
     def read(cls, value: Mapping[str, Any]) -> GraphRef:
@@ -79,7 +98,7 @@ class State:
     @cached_property
     def digest(self) -> str:
         """Of the graph, weights included; '' where it is not in the cache."""
-        return key_of(asdict(self.ref)) if self.ref else ""
+        return self.ref.digest if self.ref else ""
 
     @cached_property
     def structure(self) -> Structure:
@@ -149,14 +168,10 @@ class Memory:
 
         def write(store: Store) -> State:
             weights = {name: self._weight(store, held, stays) for name, held in structure.weights.items()}
-            model = store.add([_bytes(structure.model)])
+            model = store.add(_bytes(structure.model))
             return self._state(store, GraphRef(model, weights))
 
         return self._write(write) or State(lambda: structure)
-
-    def digest(self, graph: Graph) -> str:
-        """Of a graph; '' where it is not to be known."""
-        return self.state(to_structure(graph)).digest if self.store else ""
 
     def find_state(self, kind: str, *parts: object) -> tuple[Mapping[str, Any], State] | None:
         """The record that `keep_state` wrote, and its graph."""
@@ -192,7 +207,7 @@ class Memory:
     def _read(self, store: Store, ref: WeightRef) -> Array | Weights:
         held = self._origins.get(ref)
         if held is None:
-            held = Weights(ref.dtype, ref.shape, FileRegion(store.blob(ref.sha256), 0))
+            held = KeptWeights(store, ref)
             self._known[id(held)] = (held, ref.sha256)
         return held
 
@@ -201,7 +216,7 @@ class Memory:
         if id(held) in self._known:
             return WeightRef(self._known[id(held)][1], dtype, tuple(held.shape))
         values = raw_values(held, dtype)
-        digest = hashlib.sha256(values).hexdigest() if stays else store.add([values])
+        digest = hashlib.sha256(values).hexdigest() if stays else store.add(values)
         ref = WeightRef(digest, dtype, tuple(held.shape))
         if stays:
             self._known[id(held)] = (held, digest)

@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +89,10 @@ class Store:
                 return None
             record = parse_record(text)
             if record is None:
-                self._drop(path, f"{kind} record")
+                self.drop(path, f"{kind} record")
                 return None
             try:
-                for used in (*map(self._blob, record.blobs), path):
+                for used in (*map(self.path, record.blobs), path):
                     os.utime(used)
             except FileNotFoundError:  # a blob was damaged and dropped, or removed by hand
                 return None
@@ -113,17 +113,17 @@ class Store:
 
     # Blobs
 
-    def add(self, chunks: Iterable[bytes | memoryview]) -> str:
-        """Write bytes; returns their digest. Raises OSError."""
-        sha = hashlib.sha256()
+    def add(self, data: bytes | memoryview) -> str:
+        """Write bytes that are not there yet; returns their digest. Raises OSError."""
+        digest = hashlib.sha256(data).hexdigest()
+        if self.has(digest):
+            return digest
+        self._make_room(len(data))
         with self._temporary() as file:
-            for chunk in chunks:
-                sha.update(chunk)
-                self._make_room(len(chunk))
-                file.write(chunk)
-                self.written += len(chunk)
+            file.write(data)
             file.close()
-            return self._settle(Path(file.name), sha.hexdigest())
+            self.written += len(data)
+            return self._settle(Path(file.name), digest)
 
     def add_file(self, path: Path) -> str:
         """Take in a copy of a file; returns its digest. The disk shares the bytes where it can. Raises OSError."""
@@ -139,21 +139,21 @@ class Store:
         """Whether a blob is there; counts as a use of it."""
         with self.locked():
             try:
-                os.utime(self._blob(digest))
+                os.utime(self.path(digest))
             except FileNotFoundError:
                 return False
         return True
 
     def blob(self, digest: str) -> Path:
         """The file that holds a blob, its bytes verified (once a process). Raises DamagedError."""
-        path = self._blob(digest)
+        path = self.path(digest)
         if digest not in self._verified:
             try:
                 whole = sha256(path) == digest
             except FileNotFoundError as error:
                 raise DamagedError(f"{path} has vanished") from error
             if not whole:
-                self._drop(path, "blob")
+                self.drop(path, "blob")
                 raise DamagedError(f"{path} is damaged")
             self._verified.add(digest)
         return path
@@ -183,10 +183,10 @@ class Store:
         return begun
 
     def _settle(self, written: Path, digest: str) -> str:
-        path = self._blob(digest)
+        path = self.path(digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.locked():
-            written.replace(path)  # over an equal one, whose bytes were not looked at
+            written.replace(path)
         self._verified.add(digest)
         return digest
 
@@ -202,14 +202,16 @@ class Store:
         if self.written + size > self.limit:
             raise FullError(errno.EDQUOT, f"more than the limit of {self.limit:,} bytes (LLMC_CACHE_LIMIT)")
 
-    def _drop(self, path: Path, what: str) -> None:
+    def drop(self, path: Path, what: str) -> None:
+        """Remove what is damaged, and say so."""
         _LOGGER.warning("%s of the cache is damaged and was dropped: %s", what, path)
         path.unlink(missing_ok=True)
 
     def _record(self, kind: str, key: str) -> Path:
         return self.root / "records" / kind / key[:2] / key
 
-    def _blob(self, digest: str) -> Path:
+    def path(self, digest: str) -> Path:
+        """Where a blob stands, whether it is there or not."""
         return self.root / "blobs" / digest[:2] / digest
 
 

@@ -54,15 +54,16 @@ def load_huggingface(
     model = _TorchModel(checkpoint, task, head, cache, trust_remote_code, progress)
     wanted = (task, opset, cache)
     remembered = _Exports(NOTHING if trust_remote_code else memory, folder, wanted)  # code from elsewhere is in no key
-    about, graph, cached = remembered.recall(lambda: _export(model, opset))
     tokenizer = next((place for place in (folder, checkpoint.folder) if (place / "tokenizer.json").is_file()), None)
     settings = [checkpoint.folder / "config.json", *(head.files if head else ())]
     files = [*settings, *checkpoint.weights, *([tokenizer / "tokenizer.json"] if tokenizer else [])]
+    named = {file.relative_to(folder).as_posix(): file for file in files}
+    about, graph, cached = remembered.recall(lambda: _export(model, opset, named))
     return Loaded(
         graph=graph,
         kind="huggingface",
         name=folder.resolve().name,
-        digest=digest_files({file.relative_to(folder).as_posix(): file for file in files}),
+        digest=about["digest"],
         task=task,
         exporter=about["exporter"],
         limits=about["limits"],
@@ -115,8 +116,8 @@ class _TorchModel:
         return run_torch(self.loaded[0], self.signature, feeds)
 
 
-def _export(source: _TorchModel, opset: int | None) -> tuple[dict[str, Any], Graph]:
-    """What is known of the model beside its files, and its graph."""
+def _export(source: _TorchModel, opset: int | None, files: Mapping[str, Path]) -> tuple[dict[str, Any], Graph]:
+    """What is known of the model, and its graph."""
     from llmc.compiler.loaders.torch_export import export
 
     model, missing = source.loaded
@@ -129,6 +130,7 @@ def _export(source: _TorchModel, opset: int | None) -> tuple[dict[str, Any], Gra
             f"'{random[0]}' ({len(random)} in all): it was saved from {checkpoint.architecture or 'another class'}"
         )
     about = {
+        "digest": digest_files(files),
         "exporter": f"torch.onnx dynamo, {exported.rung}",
         "limits": signature.limits,
         "vocabulary": signature.bounds.get("input_ids"),

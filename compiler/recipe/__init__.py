@@ -53,8 +53,8 @@ class Recipe:
     def load(cls, name_or_path: str | Path) -> Self:
         """Load the recipe that ships under a bare name ('fp16'), or a file. Raises LlmcError with all that is wrong."""
         path = Path(name_or_path)
-        if isinstance(name_or_path, str) and path.name == name_or_path and not path.suffix:
-            path = _shipped_recipe(name_or_path)
+        if _is_bare(name_or_path):
+            path = _shipped_recipe(str(name_or_path))
             return cls._build(read(path, path.name), path.parent, path.stem)
         return cls._build(read(path, str(path)), path.parent, path.stem)
 
@@ -137,6 +137,16 @@ class Recipe:
         ]
         if missing:
             raise self.source.error(missing)
+
+
+def is_shipped(name_or_path: str | Path) -> bool:
+    """Whether a recipe is one that ships with llmc, by name or as a file."""
+    return _is_bare(name_or_path) or Path(name_or_path).resolve().parent == _shipped_folder()
+
+
+def _is_bare(name_or_path: str | Path) -> bool:
+    path = Path(name_or_path)
+    return isinstance(name_or_path, str) and path.name == name_or_path and not path.suffix
 
 
 def shipped() -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from llmc.compiler.cache import outputs
 from llmc.compiler.cache.keys import code_digest, environment
-from llmc.compiler.cache.memory import NOTHING, Memory
+from llmc.compiler.cache.memory import NOTHING, Memory, State
 from llmc.compiler.loaders import Feeds
 from llmc.compiler.recipe.sections import METRICS, Metric
 from llmc.compiler.report import OutputNumerics
@@ -45,15 +45,18 @@ class Verifier:
         """What the reference makes of the samples."""
         return outputs.recall(self._memory, self.about, lambda: [dict(self._reference(s)) for s in self.samples])
 
-    def measure(self, graph: Graph) -> list[OutputNumerics]:
-        """Run `graph` over the samples (ONNX Runtime, optimizations off) and compare every output."""
-        digest = self._memory.digest(graph)
-        parts = (digest, self._metrics, *self.about)
-        found = self._memory.find("numerics", *parts) if digest else None
+    def measure(self, graph: Graph | State) -> list[OutputNumerics]:
+        """Run a graph over the samples (ONNX Runtime, optimizations off) and compare every output.
+
+        What is known of a State is not measured again.
+        """
+        state = graph if isinstance(graph, State) else None
+        parts = (state.digest, self._metrics, *self.about) if state and state.digest else ()
+        found = self._memory.find("numerics", *parts) if parts else None
         if found is not None:
             return [OutputNumerics.model_construct(**line) for line in found.value["outputs"]]
-        session = Session(graph)
+        session = Session(state.graph if state else graph)
         numerics = compare(zip(self.expected, map(session.run, self.samples), strict=True), self._metrics)
-        if digest:
+        if parts:
             self._memory.keep("numerics", parts, {"outputs": [dict(line) for line in numerics]})
         return numerics

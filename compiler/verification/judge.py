@@ -59,7 +59,7 @@ class Judge:
 
     def load(self, step: Step) -> list[OutputNumerics]:
         """Compare the loaded graph with the source model."""
-        self.last_numerics = self.verifier.measure(step.graph)
+        self.last_numerics = self.verifier.measure(step.end)
         return self.last_numerics
 
     def judge(self, step: Step, safety: Safety) -> Verdict:
@@ -135,7 +135,7 @@ class Judge:
         return comparison.is_rounding and not forbidden
 
     def _run_whole(self, step: Step, verdict: Verdict) -> None:
-        verdict.verified, verdict.numerics = "full", self.verifier.measure(step.graph)
+        verdict.verified, verdict.numerics = "full", self.verifier.measure(step.end)
 
 
 def _plain(region: RegionReport) -> dict[str, object]:

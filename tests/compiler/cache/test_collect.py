@@ -26,10 +26,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def fill(store: Store, *names: str, kind: str = "pass") -> dict[str, str]:
     """A record with a blob of its own for each name, the first one used longest ago."""
-    blobs = {name: store.add([name.encode() * (BLOB // len(name))]) for name in names}
+    blobs = {name: store.add(name.encode() * (BLOB // len(name))) for name in names}
     for age, (name, blob) in enumerate(reversed(blobs.items())):
         store.keep(kind, name * 16, {}, [blob])
-        for path in (store._blob(blob), store._record(kind, name * 16)):
+        for path in (store.path(blob), store._record(kind, name * 16)):
             os.utime(path, (1000 - age, 1000 - age))
     return blobs
 
@@ -74,8 +74,8 @@ def test_a_blob_that_a_younger_record_shares_stays(store: Store) -> None:
 
 def test_blobs_that_nothing_refers_to_go(store: Store) -> None:
     """As a process leaves them that is killed between its blobs and the record."""
-    lost = store.add([b"lost"])
-    os.utime(store._blob(lost), (1000, 1000))
+    lost = store.add(b"lost")
+    os.utime(store.path(lost), (1000, 1000))
     assert [(kind.name, kind.entries, kind.bytes) for kind in collect.survey(store).kinds] == [("unused", 1, 4)]
     assert collect.collect(store, 1 << 30).bytes == 4
     assert collect.survey(store).kinds == ()
@@ -86,7 +86,7 @@ def test_what_a_running_process_uses_stays(store: Store, tmp_path: Path) -> None
     running = Store(tmp_path, 1 << 30)
     running.open()
     found = running.find("pass", "aaaa" * 16)
-    fresh = running.add([b"not referred to yet"])
+    fresh = running.add(b"not referred to yet")
     removed = collect.collect(store, 0)
     assert removed.running == 1
     assert found is not None

@@ -50,7 +50,7 @@ def call(*words: str) -> Any:
 
 def test_commands() -> None:
     with open_store() as store:
-        store.keep("load", "ab" * 32, {}, [store.add([b"x" * 1000])])
+        store.keep("load", "ab" * 32, {}, [store.add(b"x" * 1000)])
     listed = call("ls")
     assert listed["kinds"][0] | {"last_use": 0} == {
         "name": "load",

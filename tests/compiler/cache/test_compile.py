@@ -1,0 +1,190 @@
+"""Compiles with a cache: what is found, what is done anew, and that the result is the same."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmc.compiler import compile as run_compile
+from llmc.compiler.artifact import check_artifact
+from llmc.compiler.cache import place
+from llmc.compiler.recipe import Recipe
+
+from .conftest import content, timings, write_model
+
+STEPS = ["1 fold-constants", "2 eliminate-identity", "3 fuse-gelu", "4 quantize-int8", "5 convert-fp16"]
+ALL = [*STEPS, "6 eliminate-dead", "build"]
+
+
+def compiled(model: Path, output: Path, *settings: str, **options: Any) -> Path:
+    recipe = Recipe.load(model.with_name("recipe.yaml")).with_settings(settings)
+    run_compile(str(model), recipe, output, **options)
+    return output
+
+
+def cached(artifact: Path) -> list[str]:
+    found: list[str] = timings(artifact)["cached"]
+    return found
+
+
+def test_an_unchanged_compile_does_nothing_again_and_says_so(model: Path, tmp_path: Path) -> None:
+    first = compiled(model, tmp_path / "first")
+    second = compiled(model, tmp_path / "second")
+    without = compiled(model, tmp_path / "without", cached=False)
+    assert (cached(first), cached(second), cached(without)) == ([], ALL, [])
+    assert content(first) == content(second) == content(without)
+    assert len(check_artifact(second)) == 6
+
+
+def test_an_unchanged_compile_imports_nothing_heavy(model: Path, tmp_path: Path) -> None:
+    compiled(model, tmp_path / "first")
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from llmc.compiler import compile\n"
+        "compile(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))\n"
+        "print(*{'torch', 'transformers', 'onnxruntime', 'tensorrt_rtx', 'polygraphy'} & set(sys.modules))"
+    )
+    words = [str(model), str(model.with_name("recipe.yaml")), str(tmp_path / "second")]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+    assert cached(tmp_path / "second") == ALL
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        ("passes.fuse-gelu=null", ALL),  # the same, spelled out
+        ("passes.quantize-int8.calibration.method=minmax", STEPS[:3]),
+        ("passes.quantize-int8.calibration.samples=2", STEPS[:3]),
+        ("verify.seed=1", STEPS[:3]),  # of the generated samples, which calibrate here
+        ("target.kind=onnxruntime", ALL[:-1]),
+        ("verify.budgets.cosine=0.8", ALL),
+    ],
+)
+def test_what_a_change_does_not_touch_is_kept(setting: str, kept: list[str], model: Path, tmp_path: Path) -> None:
+    compiled(model, tmp_path / "first")
+    second = compiled(model, tmp_path / "second", setting)
+    found = cached(second)
+    assert found[: len(kept)] == kept
+    assert not set(ALL[len(kept) : len(kept) + 1]) & set(found)
+    assert content(second) == content(compiled(model, tmp_path / "without", setting, cached=False))
+
+
+def test_another_model_of_the_same_name_shares_nothing(model: Path, tmp_path: Path) -> None:
+    first = compiled(model, tmp_path / "first")
+    write_model(model.parent, seed=1)
+    second = compiled(model, tmp_path / "second")
+    assert cached(second) == []
+    assert content(first)["model.onnx"] != content(second)["model.onnx"]
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 3, 4])
+def test_stopping_after_a_rewrite_uses_what_was_done_before_it(last: int, model: Path, tmp_path: Path) -> None:
+    compiled(model, tmp_path / "first")
+    second = compiled(model, tmp_path / "second", stop_after_rewrite=last)
+    assert content(second) == content(compiled(model, tmp_path / "without", stop_after_rewrite=last, cached=False))
+    assert "1 fold-constants" in cached(second)
+    third = compiled(model, tmp_path / "third")  # nothing of the shortened run passes for the whole
+    assert cached(third) == ALL
+    assert content(third) == content(tmp_path / "first")
+
+
+def entries() -> list[Path]:
+    return sorted(path for path in place().rglob("*") if path.is_file() and path.name != "lock")
+
+
+def test_one_byte_of_any_cached_file_that_changes_is_noticed(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each entry in turn: dropped with a warning, made anew, and the result is right."""
+    expected = content(compiled(model, tmp_path / "first"))
+    compiled(model, tmp_path / "first")
+    kinds = set()
+    for path in entries():
+        for numerics in (place() / "v1/records/numerics").glob("*/*"):
+            if path.parts[-3] != "numerics":
+                numerics.unlink()  # else nothing would need what the reference gives
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "llmc.cache"):
+            assert content(compiled(model, tmp_path / "again")) == expected
+        if path.read_bytes() != whole:  # a blob that this compile had no need to read
+            assert "blobs" in path.parts
+            path.write_bytes(whole)
+            continue
+        assert len(caplog.messages) == 1
+        assert str(path) in caplog.messages[0]
+        kinds.add(path.parts[path.parts.index("v1") + 1 : -2])
+    assert kinds == {("blobs",), *(("records", kind) for kind in ("build", "numerics", "outputs", "pass"))}
+    assert cached(compiled(model, tmp_path / "last")) == ALL
+
+
+def test_a_cache_that_is_gone_or_empty_is_made_anew(model: Path, tmp_path: Path) -> None:
+    expected = content(compiled(model, tmp_path / "first"))
+    for path in entries():
+        path.unlink()
+    assert content(compiled(model, tmp_path / "second")) == expected
+    for path in entries():
+        path.write_bytes(b"")
+    assert content(compiled(model, tmp_path / "third")) == expected
+
+
+def test_a_cache_that_cannot_be_written_is_said_once_and_does_no_harm(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = content(compiled(model, tmp_path / "first", cached=False))
+    for name, value, said in (
+        ("LLMC_CACHE", "/proc/llmc", "the cache at /proc/llmc/v1 is not used: "),
+        ("LLMC_CACHE_LIMIT", "5KB", "more than the limit of 5,000 bytes (LLMC_CACHE_LIMIT)"),
+    ):
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "llmc.cache"):
+            patch.setenv(name, value)
+            caplog.clear()
+            assert content(compiled(model, tmp_path / "second")) == expected
+        assert len(caplog.messages) == 1
+        assert said in caplog.messages[0]
+
+
+def test_the_cache_is_cut_to_its_limit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMC_CACHE_LIMIT", "60KB")
+    for seed in range(4):
+        write_model(model.parent, seed)
+        compiled(model, tmp_path / "out")
+        assert 1000 < sum(path.stat().st_size for path in entries()) <= 60_000
+    assert cached(compiled(model, tmp_path / "out"))
+
+
+def test_a_hugging_face_model_is_exported_once(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path / "bert"
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    settings = {"model.dimensions": {"batch": 2, "sequence": 8}, "target.kind": "onnx", "verify.samples": 2}
+    recipe = Recipe.load("optimize").with_values(settings)
+    run_compile(str(folder), recipe, tmp_path / "first")
+    run_compile(str(folder), recipe, tmp_path / "second")
+    assert cached(tmp_path / "first") == []
+    assert cached(tmp_path / "second") == ["load", *timings(tmp_path / "first")["steps"]][:1] + [
+        step for step in timings(tmp_path / "first")["steps"] if step not in ("load", "verify")
+    ]
+    assert content(tmp_path / "first") == content(tmp_path / "second")
+    more = recipe.with_values({"verify.seed": 1})  # the graph is known, what torch gives for these samples is not
+    run_compile(str(folder), more, tmp_path / "third")
+    assert "load" in cached(tmp_path / "third")
+    run_compile(str(folder), more, tmp_path / "fourth", cached=False)
+    assert content(tmp_path / "third") == content(tmp_path / "fourth")
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("gelu", "relu"))
+    run_compile(str(folder), recipe, tmp_path / "fifth")
+    assert cached(tmp_path / "fifth") == []
