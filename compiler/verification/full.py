@@ -50,12 +50,12 @@ class Verifier:
 
         What is known of a State is not measured again.
         """
-        state = graph if isinstance(graph, State) else None
-        parts = (state.digest, self._metrics, *self.about) if state and state.digest else ()
+        digest = graph.digest if isinstance(graph, State) else ""
+        parts = (digest, self._metrics, *self.about) if digest else ()
         found = self._memory.find("numerics", *parts) if parts else None
         if found is not None:
             return [OutputNumerics.model_construct(**line) for line in found.value["outputs"]]
-        session = Session(state.graph if state else graph)
+        session = Session(graph.graph if isinstance(graph, State) else graph)
         numerics = compare(zip(self.expected, map(session.run, self.samples), strict=True), self._metrics)
         if parts:
             self._memory.keep("numerics", parts, {"outputs": [dict(line) for line in numerics]})

@@ -162,6 +162,7 @@ def test_the_cache_is_cut_to_its_limit(model: Path, tmp_path: Path, monkeypatch:
     assert cached(compiled(model, tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_hugging_face_model_is_exported_once(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
