@@ -123,7 +123,7 @@ def test_one_byte_of_any_cached_file_that_changes_is_noticed(
         assert len(caplog.messages) == 1
         assert str(path) in caplog.messages[0]
         kinds.add(path.parts[path.parts.index("v1") + 1 : -2])
-    assert kinds == {("blobs",), *(("records", kind) for kind in ("build", "numerics", "outputs", "pass"))}
+    assert kinds == {("blobs",), *(("records", kind) for kind in ("build", "numerics", "outputs", "pass", "regions"))}
     assert cached(compiled(model, tmp_path / "last")) == ALL
 
 
