@@ -44,6 +44,23 @@ class NearMiss:
     module: str = ""
 
 
+@dataclass(frozen=True)
+class TradeOff:
+    """One assignment of precisions that a search has measured."""
+
+    layers: int
+    """In the narrowest precision."""
+    left: tuple[str, ...]
+    """Nodes that could have been, and are not."""
+    cosine: float
+    relative_l2: float
+    """Of the graph's outputs, against those before the pass."""
+    weight_bytes: int
+    time: float
+    """Of the products, estimated; 1 is all of them in float32."""
+    chosen: bool = False
+
+
 @dataclass
 class PassResult:
     """What a pass did: rewrites, near misses, and for changes of precision what each node was asked to be."""
@@ -55,6 +72,8 @@ class PassResult:
     kept: dict[str, str] = field(default_factory=dict)
     """Node name → why the pass left the node in its old precision."""
     warnings: list[str] = field(default_factory=list)
+    frontier: list[TradeOff] = field(default_factory=list)
+    """What a search over precisions has measured, the cheapest first."""
 
 
 class Ledger:
