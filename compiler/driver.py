@@ -34,6 +34,7 @@ from llmc.compiler.report import (
     SourceReport,
     TargetReport,
     Timings,
+    TradeOffLine,
     Verification,
     write,
 )
@@ -414,6 +415,7 @@ def _pass_report(step: pipeline.Step, recipe: Recipe, verdict: Verdict) -> PassR
         rewrites=[RewriteLine(**vars(rewrite)) for rewrite in result.rewrites],
         near_misses=[NearMissLine(**vars(miss)) for miss in result.near_misses],
         kept=result.kept,
+        frontier=[TradeOffLine(**(vars(point) | {"left": list(point.left)})) for point in result.frontier],
         verified=verdict.verified,
         numerics=verdict.numerics,
         regions_compared=len(verdict.regions),

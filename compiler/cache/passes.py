@@ -8,7 +8,7 @@ from typing import Any
 
 from llmc.compiler.cache.keys import code_digest, environment
 from llmc.compiler.cache.memory import Memory, State
-from llmc.passes.base import Applied, Ledger, NearMiss, Pass, PassResult
+from llmc.passes.base import Applied, Ledger, NearMiss, Pass, PassResult, TradeOff
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ def _result(value: Mapping[str, Any], taken: int) -> PassResult:
     """As it was, numbered on from `taken`."""
     rewrites = [Applied(**rewrite) for rewrite in value["rewrites"]]
     near_misses = [NearMiss(**miss) for miss in value["near_misses"]]
-    return PassResult(**{**value, "rewrites": _renumbered(rewrites, taken), "near_misses": near_misses})
+    frontier = [TradeOff(**{**point, "left": tuple(point["left"])}) for point in value["frontier"]]
+    parts = {"rewrites": _renumbered(rewrites, taken), "near_misses": near_misses, "frontier": frontier}
+    return PassResult(**{**value, **parts})
 
 
 def _renumbered(rewrites: list[Applied], by: int) -> list[Applied]:

@@ -79,6 +79,18 @@ class NearMissLine(Part):
     reason: str
 
 
+class TradeOffLine(Part):
+    """One assignment of precisions that a search has measured."""
+
+    layers: int = Field(description="In the narrowest precision.")
+    left: list[str] = Field(description="Nodes that could have been, and are not.")
+    cosine: Measured = Field(description="Of the graph's outputs, against those before the pass.")
+    relative_l2: Measured
+    weight_bytes: int
+    time: float = Field(description="Of the products, estimated; 1 is all of them in float32.")
+    chosen: bool
+
+
 class PassReport(Part):
     """One step of the recipe. Step 0 is the load: its numerics compare the loaded graph with the source model."""
 
@@ -103,6 +115,9 @@ class PassReport(Part):
     regions: list[RegionReport] = Field(default_factory=list, description="Regions that moved, the furthest first.")
     left_out: list[RewriteLine] = Field(
         default_factory=list, description="Rewrites that broke a budget and were left out."
+    )
+    frontier: list[TradeOffLine] = Field(
+        default_factory=list, description="What a search over precisions has measured, the cheapest first."
     )
     warnings: list[str] = Field(default_factory=list)
 

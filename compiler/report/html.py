@@ -52,6 +52,7 @@ def _sections(report: Report) -> Iterable[Markup | None]:
     yield _tiles(report)
     yield element("div", _node_chart(report), _error_chart(report), class_="columns")
     yield _passes(report)
+    yield from map(_frontier, report.passes)
     yield _near_misses(report)
     yield _operator_chart(report)
     yield _precision(report)
@@ -263,6 +264,28 @@ def _regions(step: PassReport) -> Markup:
         for output in region.outputs
     ]
     return element("div", element("p", note, class_="note"), table(("Nodes", "Tensor", *_NUMERICS), rows))
+
+
+def _frontier(step: PassReport) -> Markup | None:
+    """What a search over precisions has measured: error against bytes and time, the cheapest first."""
+    if not step.frontier:
+        return None
+    measures = tuple(MEASURES.values())
+    rows = []
+    for line in step.frontier:
+        mark, layers, weights, time, *_ = text.trade_off(line)
+        label = " · ".join(part for part in (f"{layers} layers", weights, f"time {time}", mark) if part)
+        errors = {"cosine": None if line.cosine is None else 1 - line.cosine, "relative_l2": line.relative_l2}
+        values = {MEASURES[metric]: value for metric, value in errors.items() if value is not None}
+        rows.append(charts.Error(label, values))
+    title = f"Assignments that {step.key} measured"
+    keys = [(charts.series(index), measure) for index, measure in enumerate(measures)]
+    return section(
+        title,
+        charts.error_dots(rows, measures, {}, title),
+        legend(*keys),
+        table(text.TRADE_OFFS, map(text.trade_off, step.frontier)),
+    )
 
 
 def _near_misses(report: Report) -> Markup | None:

@@ -34,6 +34,7 @@ def _blocks(report: Report) -> Iterator[str]:
     yield _head(report)
     yield _warnings(report)
     yield _passes(report)
+    yield from map(_frontier, report.passes)
     yield _near_misses(report)
     yield _precision(report.precision)
     yield _graph(report.graph)
@@ -90,6 +91,12 @@ def _pass_row(report: Report, step: PassReport) -> tuple[object, ...]:
         text.local(step, text.difference(summary.worst_max_abs(step))),
         text.seconds(summary.step_seconds(report, step)),
     )
+
+
+def _frontier(step: PassReport) -> str:
+    if not step.frontier:
+        return ""
+    return f"## Assignments that {step.key} measured\n\n{_table(text.TRADE_OFFS, map(text.trade_off, step.frontier))}"
 
 
 def _near_misses(report: Report) -> str:

@@ -57,6 +57,7 @@ def render(report: Report, console: Console, folder: Path | None = None) -> None
         _header(report),
         _passes(report, console.width),
         _reasons(report),
+        *(_facts(f"Assignments that {step.key} measured", _frontier(step)) for step in report.passes),
         _facts("Near misses", _near_misses(report)),
         _facts("Graph", _graph(report.graph)),
         _facts("Precision", _precision(report.precision)),
@@ -175,6 +176,15 @@ def _facts(heading: str, rows: list[tuple[str, Text]]) -> RenderableType | None:
     for label, content in rows:
         grid.add_row(_plain(label), content)
     return Group(Text(), _plain(heading, "bold"), Padding(grid, (0, 0, 0, 2)))
+
+
+def _frontier(step: PassReport) -> list[tuple[str, Text]]:
+    rows = []
+    for line in step.frontier:
+        mark, layers, weights, time, cosine, _ = text.trade_off(line)
+        content = f"{weights} of weights, time {time}, cosine {cosine}{f'  ← {mark}' if mark else ''}"
+        rows.append((f"{layers} layers", _plain(content, "bold" if mark else "")))
+    return rows
 
 
 def _near_misses(report: Report) -> list[tuple[str, Text]]:

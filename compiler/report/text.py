@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from llmc.compiler.report import GraphReport, OutputNumerics, PassReport
+from llmc.compiler.report import GraphReport, OutputNumerics, PassReport, TradeOffLine
 
 _BREAK = re.compile(r"[ \t]*[\r\n\t]+[ \t]*")
 
@@ -62,6 +62,22 @@ def decibels(numerics: OutputNumerics) -> str:
     if numerics.sqnr_db is not None:
         return f"{numerics.sqnr_db:.1f} dB"
     return "equal" if numerics.max_abs == 0 else "–"
+
+
+TRADE_OFFS = ("", "#Layers", "#Weights", "#Time", "#Cosine", "#Relative L2")
+"""Columns of `trade_off`; time is that of the products, where all of them in float32 take 1."""
+
+
+def trade_off(line: TradeOffLine) -> tuple[str, ...]:
+    """An assignment of precisions in columns: layers in the narrowest one of all, what it costs, what it loses."""
+    return (
+        "chosen" if line.chosen else "",
+        f"{line.layers} of {line.layers + len(line.left)}",
+        scaled(line.weight_bytes, "B"),
+        f"{line.time:.2f}",
+        similarity(line.cosine),
+        difference(line.relative_l2),
+    )
 
 
 def shape(dimensions: Sequence[int | str | None] | None) -> str:

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmc.passes.base import Activations, Context, LlmcError, Need, PassResult, Safety, Skip, TradeOff
 from llmc.passes.graph import Array, Graph, Node, constant_bytes, constants, copy_graph
+from llmc.passes.precision.calibration import Clipping
 from llmc.passes.precision.convert_fp16 import ConvertFp16
 from llmc.passes.precision.distance import Distance, distance
-from llmc.passes.precision.quantize_int8 import Calibration, Operator, QuantizeInt8
+from llmc.passes.precision.quantize_int8 import Operator, QuantizeInt8
 from llmc.passes.precision.selection import SelectivePass
 
 Precision = Literal["int8", "fp16", "fp32"]
@@ -69,7 +70,7 @@ class SearchPrecision(SelectivePass):
     budget: Budget = Field(Budget(cosine=0.999), description="What must hold of the graph's outputs.")
     operators: list[Operator] = Field(["MatMul", "Gemm", "Conv"], description="Operators that may become INT8.")
     attention: bool = Field(False, description="Products of two activations (Q·Kᵀ and weights·V) may become INT8 too.")
-    calibration: Calibration = Field(Calibration(), description="Where the scales of activations come from.")
+    calibration: Clipping = Field(Clipping(), description="Where the scales of activations come from.")
     samples: int = Field(32, ge=1, description="Calibration samples that accuracy is measured on.")
 
     def run(self, graph: Graph, context: Context) -> PassResult:

@@ -17,6 +17,7 @@ from llmc.compiler.report import (
     TargetReport,
     TensorLine,
     Timings,
+    TradeOffLine,
     Verification,
 )
 
@@ -57,6 +58,18 @@ def make_report(name: str) -> Report:
                 rewrites=[RewriteLine(number=1, rule=name, node=name, module=name, detail=name)],
                 near_misses=misses,
                 kept={name: name},
+                frontier=[
+                    TradeOffLine(
+                        layers=3 - left,
+                        left=[name] * left,
+                        cosine=0.9985 + left / 1000,
+                        relative_l2=0.05 / (1 + left),
+                        weight_bytes=4000 + 1000 * left,
+                        time=0.25 + left / 4,
+                        chosen=left == 1,
+                    )
+                    for left in range(2)
+                ],
                 numerics=[numerics],
                 warnings=[f"pass {name}"],
             ),

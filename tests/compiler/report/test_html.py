@@ -60,6 +60,7 @@ def test_the_page_is_well_formed_and_says_the_facts(report: Report) -> None:
         "Nodes through the passes",
         "Error after each pass, against torch",
         "Passes",
+        "Assignments that fuse-gelu measured",
         "Near misses",
         "Operators before and after",
         "Precision of layers",
@@ -107,6 +108,7 @@ def test_the_same_report_gives_the_same_bytes(report: Report) -> None:
 
 def test_the_errors_of_each_pass_are_drawn(report: Report) -> None:
     """max abs 2e-3, relative L2 8e-4, 1 − cosine 2e-5, on an axis from 1e-6 to the budget of 0.1: five decades."""
+    report.passes[1].frontier = []
     page = Page(html.render(report))
     places = [attrs["cx"] for tag, attrs in page.elements if tag == "circle"]
     assert places == ["66.02%", "58.06%", "26.02%"] * 2
@@ -118,6 +120,7 @@ def test_numbers_that_are_not_finite_stand_out(report: Report) -> None:
     broken = OutputNumerics(
         output="y", max_abs=float("inf"), relative_l2=float("inf"), cosine=float("nan"), sqnr_db=None, finite=False
     )
+    report.passes[1].frontier = []
     report.passes[1].numerics = [*report.passes[1].numerics, broken]
     marks = [attrs for tag, attrs in Page(html.render(report)).elements if tag == "circle"]
     assert [(mark["cx"], mark["class"]) for mark in marks[3:]] == [("100%", "mark broken")] * 3
@@ -126,6 +129,7 @@ def test_numbers_that_are_not_finite_stand_out(report: Report) -> None:
 def test_steps_that_changed_nothing_are_equal(report: Report) -> None:
     """Cosines of equal vectors are a rounding away from 1; steps that were not compared say so."""
     same = OutputNumerics(output="y", max_abs=0.0, relative_l2=0.0, cosine=1 - 2**-52, sqnr_db=None, finite=True)
+    report.passes[1].frontier = []
     report.passes[1].numerics = [same]
     page = Page(html.render(report))
     assert len([tag for tag, _ in page.elements if tag == "circle"]) == 3
@@ -134,6 +138,16 @@ def test_steps_that_changed_nothing_are_equal(report: Report) -> None:
     report.passes[2].rewrites = report.passes[1].rewrites
     not_verified = Page(html.render(report))
     assert [word for word in not_verified.texts_in("tspan") if word in words] == ["equal", "not compared"]
+
+
+def test_what_a_search_measured_is_drawn_and_listed(report: Report) -> None:
+    page = Page(html.render(report))
+    assert {"2 of 3 layers · 5 kB · time 0.50 · chosen", "3 of 3 layers · 4 kB · time 0.25"} <= {
+        t for _, t in page.texts
+    }
+    marks = [attrs for tag, attrs in page.elements if tag == "circle"]
+    report.passes[1].frontier = []
+    assert len(marks) == 4 + len([tag for tag, _ in Page(html.render(report)).elements if tag == "circle"])
 
 
 @pytest.mark.parametrize("field", ["verification", "target"])

@@ -30,6 +30,8 @@ def test_the_facts_are_said(report: Report) -> None:
     assert "✓ fuse-gelu 21 → 12 1 3 4 kB 0.999980 2.0e-03 0.16 s" in lines
     assert "– eliminate-dead: encoder.layer.0/MatMul_1" in lines
     assert "float16, asked int8 1 layer 1 MatMul" in lines
+    assert "Assignments that fuse-gelu measured" in lines
+    assert "2 of 3 layers 5 kB of weights, time 0.50, cosine 0.999500 ← chosen" in lines
     assert "bytes activation 9.44 MB" in lines
     assert any(line.endswith("✓ done in 41.2 s") for line in lines)
 
