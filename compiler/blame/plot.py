@@ -15,6 +15,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 16, 28, 26
 DECADES = range(-8, 3)
 """Powers of ten of the relative error that are drawn; 1e-8 is the rounding of float32."""
 BLOCKS = "▁▂▃▄▅▆▇█"
+LEAST_SPAN = 1.0
+"""Powers of ten from the lowest block to the highest, at least."""
 EQUAL, NOT_FINITE = "·", "×"
 STYLE = """
 svg { background: #fff; font: 12px system-ui, sans-serif; fill: #44403c; }
@@ -26,17 +28,26 @@ svg { background: #fff; font: 12px system-ui, sans-serif; fill: #44403c; }
 
 
 def sparkline(errors: Sequence[TensorError], width: int) -> str:
-    """The largest error of each of at most `width` stretches along the graph, on a logarithmic scale."""
+    """The largest error of each of at most `width` stretches along the graph, on a logarithmic scale of their range."""
     columns = min(width, len(errors))
-    ends = [round(column * len(errors) / columns) for column in range(columns + 1)]
-    return "".join(_block(errors[start:end]) for start, end in pairwise(ends))
+    ends = [round(column * len(errors) / max(columns, 1)) for column in range(columns + 1)]
+    most = [_most(errors[start:end]) for start, end in pairwise(ends)]
+    levels = [math.log10(value) for value in most if 0 < value < math.inf]
+    top = max(levels, default=0.0)
+    span = max(top - min(levels, default=0.0), LEAST_SPAN)
+    return "".join(_block(value, top, span) for value in most)
 
 
-def _block(errors: Sequence[TensorError]) -> str:
-    if not all(error.finite for error in errors):
+def _most(errors: Sequence[TensorError]) -> float:
+    return max((error.relative_l2 or 0.0) if error.finite else math.inf for error in errors)
+
+
+def _block(error: float, top: float, span: float) -> str:
+    if error == math.inf:
         return NOT_FINITE
-    most = max(error.relative_l2 or 0.0 for error in errors)
-    return BLOCKS[round(_height(most) * (len(BLOCKS) - 1))] if most else EQUAL
+    if error == 0:
+        return EQUAL
+    return BLOCKS[round((1 - (top - math.log10(error)) / span) * (len(BLOCKS) - 1))]
 
 
 def _height(error: float) -> float:

@@ -49,9 +49,7 @@ def resolve(given: str, recipe: str | None, source: str | None) -> Subject:
         return Subject(str(models[0]), chosen.with_values({"verify.inputs": (evidence / "inputs").resolve()}))
     if is_artifact(folder) and (folder / "recipe.yaml").is_file():
         if source is None:
-            raise LlmcError(
-                f"{given} is an artifact, which does not hold its source: give that too, with --source MODEL"
-            )
+            raise LlmcError(f"{given} is an artifact, which does not hold its source: add --source MODEL")
         return Subject(source, Recipe.load(recipe or folder / "recipe.yaml"), folder)
     if source is not None:
         raise LlmcError(f"--source goes with an artifact; {given} is none: give one of the two")

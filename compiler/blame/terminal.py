@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +20,9 @@ ROWS = 12
 """Of the table of growth."""
 LAYERS = 12
 """Of the table of layers."""
-NAME = 30
-"""Characters of a name in a table."""
+WIDTH = 120
+NUMBERS = 56
+"""Columns of a table that are not for names."""
 LARGEST_FLOAT16 = 65504
 
 
@@ -55,6 +56,11 @@ class _Printer:
     def __call__(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style=style), soft_wrap=True)
 
+    def name(self, text: str) -> Text:
+        """The end of a name, which tells more than its beginning, as long as a table has room for two."""
+        shown, room = printable(text), max((min(self.console.width, WIDTH) - NUMBERS) // 2, 12)
+        return Text(shown if len(shown) <= room else f"…{shown[1 - room :]}", no_wrap=True)
+
     def lines(self, texts: Sequence[str]) -> None:
         for text in texts:
             self(printable(text))
@@ -70,11 +76,12 @@ def _guilty(blame: Blame, guilty: Guilty, say: _Printer) -> None:
     say(f"  before it  {_numbers(before.numerics)}")
     say(f"  after it   {_numbers(after.numerics)}")
     if guilty.share is not None and guilty.share < 0.5:
-        say(f"  It adds {guilty.share:.0%} of the error: those before it had used up the rest of the budget.")
+        say(f"  It adds {guilty.share:.0%} of the error: those before it had used up the rest of the budget")
+        say("  (--sensitivity ranks them).")
     _finite(blame, say)
     if blame.appears is not None:
         say(f"\nThe error appears at {_described(blame.appears)} and goes on:")
-        say.console.print(_growth(blame))
+        say.console.print(_growth(blame, say.name))
         say(f"  this rewrite  {sparkline(blame.growth, 80)}")
         say(f"  all of them   {sparkline(blame.total, 80)}")
     if blame.reproducer is not None:
@@ -99,26 +106,20 @@ def _described(error: TensorError) -> str:
     return printable(f"'{error.tensor}' ({error.op} '{error.node}'{where})")
 
 
-def _growth(blame: Blame) -> Table:
+def _growth(blame: Blame, name: Callable[[str], Text]) -> Table:
     totals = {error.tensor: error for error in blame.total}
     table = Table("tensor", "made by", "module", "this rewrite", "all of them", "cosine", box=None, header_style="dim")
     for error in landmarks(blame.growth, ROWS):
         total = totals.get(error.tensor)
         table.add_row(
-            _name(error.tensor),
-            Text(error.op),
-            _name(error.module),
+            name(error.tensor),
+            name(error.op),
+            name(error.module),
             _relative(error),
             "" if total is None else _relative(total),
             similarity(error.cosine) if error.finite else "",
         )
     return table
-
-
-def _name(text: str) -> Text:
-    """The end of a name, which tells more than its beginning."""
-    shown = printable(text)
-    return Text(shown if len(shown) <= NAME else f"…{shown[1 - NAME :]}", no_wrap=True)
 
 
 def _relative(error: TensorError) -> str:

@@ -35,16 +35,16 @@ from llmc.passes.graph import (
 # Models
 
 
-def torch_model(name: str, real: bool) -> Any:
-    """A model with random weights: of the shape of the real thing, or small. Biases and norms are random too."""
+def torch_model(name: str, size: str) -> Any:
+    """A model with random weights: a BERT of some size, a small Llama, ResNet-18. Biases and norms are random too."""
     import torch
     import transformers
 
     torch.manual_seed(0)
     if name == "bert":
-        sizes: dict[str, Any] = {} if real else {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        sizes |= {"intermediate_size": 4 * sizes.get("hidden_size", 768), "vocab_size": 512}
-        width = sizes.get("hidden_size", 768)
+        width, layers, heads = {"base": (768, 12, 12), "medium": (256, 6, 8), "small": (64, 2, 4)}[size]
+        sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        sizes |= {"intermediate_size": 4 * width, "vocab_size": 512}
         config = transformers.BertConfig(**sizes, initializer_range=1.5 * width**-0.5, attn_implementation="sdpa")
         model = transformers.BertModel(config, add_pooling_layer=False)
     elif name == "llama":
@@ -54,10 +54,8 @@ def torch_model(name: str, real: bool) -> Any:
         )  # fmt: skip
         model = transformers.LlamaModel(config)
     else:
-        sizes = {} if real else {"hidden_sizes": [16, 32], "depths": [2, 2], "embedding_size": 16}
         config = transformers.ResNetConfig(
-            **({"hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "embedding_size": 64} | sizes),
-            layer_type="basic",
+            hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], embedding_size=64, layer_type="basic"
         )
         model = transformers.ResNetModel(config)
     generator = torch.Generator().manual_seed(1)
@@ -101,14 +99,14 @@ def export(model: Any, name: str, path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """The ONNX file of a model, exported once."""
     folder = tmp_path_factory.mktemp("exported")
 
-    def exported(name: str, real: bool) -> Path:
-        path = folder / f"{name}-{real}.onnx"
+    def exported(name: str, size: str) -> Path:
+        path = folder / f"{name}-{size}.onnx"
         if not path.exists():
-            export(torch_model(name, real), name, path)
+            export(torch_model(name, size), name, path)
         return path
 
     return exported
@@ -373,11 +371,11 @@ def overflowing(model: Path, rng: np.random.Generator, path: Path) -> Case:
 
 
 @pytest.fixture(scope="session")
-def planted(exported: Callable[[str, bool], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
-    """`planted("bert", "tanh-gelu", seed, real=False)`."""
+def planted(exported: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+    """`planted("bert", "tanh-gelu", seed, size="small")`."""
     folder = tmp_path_factory.mktemp("planted")
 
-    def planted(name: str, fault: str, seed: int, *, real: bool = False) -> Case:
-        return plant(exported(name, real), fault, seed, folder)
+    def planted(name: str, fault: str, seed: int, size: str = "small") -> Case:
+        return plant(exported(name, size), fault, seed, folder)
 
     return planted

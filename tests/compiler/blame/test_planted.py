@@ -23,7 +23,8 @@ FAULTS = {
     "resnet": ("no-bias", "shifted-padding", "transposed-filter", "overflow", "bad-scale"),
 }
 SAMPLE = ("tanh-gelu", "overflow", "bad-scale")
-SEEDS = 4
+SIZES = ("base", "medium", "medium", "medium")
+"""Of BERT, for each seed: the first has the shape of BERT-base."""
 ALLOWED = 3
 """The budget, in errors of the same compile without the fault: rounding that comes in another order is far below."""
 
@@ -53,9 +54,9 @@ def test_a_planted_fault_is_found(fault: str, planted: Callable[..., Any], tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", range(len(SIZES)))
 @pytest.mark.parametrize(("model", "fault"), [(model, fault) for model, faults in FAULTS.items() for fault in faults])
 def test_sixty_planted_faults_are_found(
     model: str, fault: str, seed: int, planted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    check(planted(model, fault, seed, real=True), tmp_path / "out")
+    check(planted(model, fault, seed, SIZES[seed]), tmp_path / "out")
