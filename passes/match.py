@@ -271,6 +271,8 @@ class Matcher:
                 named.discard(name)
                 bound[wanted.name] = {key: value for key, value in node.attrs.items() if key not in named}
         for name in named if len(named) < len(pattern.attributes) else {*named, *node.attrs, *defaults}:
+            if name not in pattern.attributes and _says_nothing(node, name):
+                continue
             if name in pattern.attributes and _is_computed(node, name):
                 self.failure.note(depth, lambda n=name: f"{called(node)} computes its {n}")  # type: ignore[misc]
                 return None
@@ -309,6 +311,11 @@ def attribute(node: Node, name: str, default: object = None) -> Any:
             return None
         return value.item() if name in SINGLE else value.reshape(-1).tolist()
     return default
+
+
+def _says_nothing(node: Node, name: str) -> bool:
+    """Whether an attribute makes no difference: tf2onnx says of each reduction what is to be done without axes."""
+    return name == "noop_with_empty_axes" and bool(attribute(node, "axes"))
 
 
 def _is_computed(node: Node, name: str) -> bool:

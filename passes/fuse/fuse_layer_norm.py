@@ -97,14 +97,40 @@ class LayerNormBatchStyle(_LayerNorm):
     """x · k + (bias − mean · k) with k = scale / √(variance + ε): Keras through tf2onnx."""
 
     def pattern(self, op: Any, x: Any, axes: Attribute, epsilon: Scalar, scale: Weight, bias: Weight) -> Any:
-        mean = op.ReduceMean(x, axes=axes)
-        centred = op.either(op.Sub(x, mean), op.Sub(mean, x))
-        variance = op.ReduceMean(op.either(op.Mul(centred, centred), op.Pow(centred, 2)), axes=axes)
-        factor = op.Mul(op.Reciprocal(op.Sqrt(op.Add(variance, epsilon))), scale)
-        return op.Add(op.Mul(x, factor), op.Sub(bias, op.Mul(mean, factor)))
+        return _batch_style(op, x, lambda t: op.ReduceMean(t, axes=axes), epsilon, scale, bias)
 
     check = LayerNormAffine.check
     replace = LayerNormAffine.replace
+
+
+class LayerNormPooled(_LayerNorm):
+    """The same of x [batch, sequence, n], whose means tf2onnx takes with GlobalAveragePool below opset 18."""
+
+    dtypes = ("float32",)
+
+    def pattern(self, op: Any, x: Any, epsilon: Scalar, scale: Weight, bias: Weight) -> Any:
+        return _batch_style(op, x, op.GlobalAveragePool, epsilon, scale, bias)
+
+    def check(self, x: Any, scale: Any, bias: Any) -> str | None:
+        if shape_of(x) is None or len(x.shape) != 3:
+            return f"'{x.name}' is not known to have rank 3, of which GlobalAveragePool takes means along the last axis"
+        return last.problem(x, [-1], scale, bias)
+
+    def replace(self, op: Any, x: Any, epsilon: Any, scale: Any, bias: Any) -> Any:
+        scale, bias = (last.affine(tensor, x, [-1]) for tensor in (scale, bias))
+        return op.LayerNormalization(x, scale, bias, axis=-1, epsilon=epsilon)
+
+    def example(self, rng: np.random.Generator) -> dict[str, Any]:
+        width = int(rng.integers(8, 17))
+        return {"x": (2, 3, width), "epsilon": 1e-5, "scale": (width,), "bias": (width,)}
+
+
+def _batch_style(op: Any, x: Any, mean_of: Any, epsilon: Any, scale: Any, bias: Any) -> Any:
+    mean = mean_of(x)
+    centred = op.either(op.Sub(x, mean), op.Sub(mean, x))
+    variance = mean_of(op.either(op.Mul(centred, centred), op.Pow(centred, 2)))
+    factor = op.Mul(op.Reciprocal(op.Sqrt(op.Add(variance, epsilon))), scale)
+    return op.Add(op.Mul(x, factor), op.Sub(bias, op.Mul(mean, factor)))
 
 
 class _Widened(_LayerNorm):
@@ -241,6 +267,7 @@ class FuseLayerNorm(RewritePass):
         *(LayerNormWidenedPlain(half) for half in last.HALVES),
         LayerNormFlattened(),
         LayerNormBatchStyle(),
+        LayerNormPooled(),
         LayerNormAffine(),
         LayerNormScale(),
         LayerNormPlain(),

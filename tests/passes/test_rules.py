@@ -29,6 +29,7 @@ from llmc.passes.graph import (
     from_model,
     infer_shapes,
     onnx_dtype,
+    remove_nodes,
     to_model,
 )
 from llmc.passes.rewrite import Builder, Rest, Rewrite, RewritePass, Scalar, Weight, apply_rule
@@ -94,7 +95,12 @@ def build(rule: Rewrite, choice: tuple[int, ...], variant: Variant, opset: int, 
     made = rule.pattern(builder, *given)
     outputs = list(made) if isinstance(made, tuple) else [made]
     graph = Graph(nodes=builder.nodes, inputs=inputs, outputs=outputs, opset=opset)
-    graph.cleanup()
+    needed, pending = set(), list(outputs)
+    while pending:
+        for node in pending.pop().inputs:
+            needed.add(id(node))
+            pending.extend(node.inputs)
+    remove_nodes(graph, [node for node in graph.nodes if id(node) not in needed])  # of options not chosen
     infer_shapes(graph)
     if variant.symbolic:
         for tensor in inputs:
