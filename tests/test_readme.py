@@ -106,6 +106,11 @@ def test_every_shipped_recipe_builds_an_engine(recipe: str, place: Path) -> None
     assert (place / f"build/shipped-{recipe}/model.engine").stat().st_size > 0
 
 
+def test_the_shipped_recipe_for_onnx_runtime_builds(place: Path) -> None:
+    run("llmc compile hf-dir --recipe onnxruntime-int8 --verify-inputs texts.txt -o build/shipped-cpu", place)
+    assert (place / "build/shipped-cpu/model.onnx").stat().st_size > 0
+
+
 def test_no_shipped_recipe_is_left_out() -> None:
-    compiled = {"optimize", "fp16", "bf16", "int8", "onnx-int8", "minilm-fp16", "minilm-int8"}
+    compiled = {"optimize", "fp16", "bf16", "int8", "onnx-int8", "onnxruntime-int8", "minilm-fp16", "minilm-int8"}
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == compiled
