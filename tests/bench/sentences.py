@@ -1,4 +1,4 @@
-"""Sentences to measure on, out of Python's own docstrings, and how far one model's embeddings of them are from another's."""
+"""Sentences to measure on, out of the standard library's docstrings, and how far two models' embeddings are apart."""
 
 from __future__ import annotations
 
