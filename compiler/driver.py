@@ -24,7 +24,7 @@ from llmc.compiler.generation.tokenizer import copy_tokenizer
 from llmc.compiler.loaders import Feeds, Loaded, load
 from llmc.compiler.loaders.tasks import TEXT_GENERATION
 from llmc.compiler.precision import Asked, fallbacks, some
-from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles
+from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles, verified_sizes
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import (
     NearMissLine,
@@ -44,6 +44,7 @@ from llmc.compiler.session import Session
 from llmc.compiler.targets import BuildRequest, Built, Profile, Progress, Target, resolve
 from llmc.compiler.targets.input_shapes import dynamic_dimensions
 from llmc.compiler.verification import Verifier
+from llmc.compiler.verification.custom import load_custom
 from llmc.compiler.verification.judge import REGIONS_SHOWN, Judge, Verdict
 from llmc.passes.base import Ledger, Pass
 from llmc.passes.graph import Array, Graph, save_model
@@ -176,7 +177,9 @@ def plan(
     declare_inputs(loaded.graph, recipe)
     profiles, notes = resolve_profiles(loaded, recipe)
     made = Plan(recipe, loaded, profiles, target, _no_samples(), {}, tokenizer or loaded.tokenizer, notes)
-    made.verification = _samples(made, recipe.verify.inputs, recipe.verify.samples, recipe.verify.seed)
+    section = recipe.verify
+    sizes = verified_sizes(profiles, section.samples, section.seed)
+    made.verification = _samples(made, section.inputs, section.samples, sizes)
     for step in recipe.passes:
         if "activations" in step.needs:
             made.calibration[step.key()] = _calibration(made, step)
@@ -256,13 +259,13 @@ def _no_samples() -> Samples:
     return Samples("", "", True, 0, lambda _number: {})
 
 
-def _samples(made: Plan, path: Path | None, count: int, seed: int) -> Samples:
-    """At most `count` samples from `path`, or as many generated ones; each fits a profile."""
+def _samples(made: Plan, path: Path | None, count: int, sizes: Sequence[Mapping[str, int]]) -> Samples:
+    """At most `count` samples from `path`, or as many generated ones in turn of `sizes`; each fits a profile."""
     graph = made.loaded.graph
     if path is None:
-        return data.generate(
-            graph, generated_sizes(made.profiles[0]), vocabulary=made.loaded.vocabulary, seed=seed, count=count
-        )
+        section = made.recipe.verify
+        vocabulary, ranges = made.loaded.vocabulary, section.ranges
+        return data.generate(graph, sizes, vocabulary=vocabulary, seed=section.seed, count=count, ranges=ranges)
     longest = max((p["sequence"].max for p in made.profiles if "sequence" in p), default=None)
     limits = [limit for limit in (longest, made.loaded.limits.get("sequence")) if limit is not None]
     found = data.from_path(path, graph, made.tokenizer, min(limits, default=None)).first(count)
@@ -275,9 +278,8 @@ def _calibration(made: Plan, step: Pass) -> Samples:
     wanted = getattr(step, "calibration", None)
     if wanted is None:
         return made.verification
-    if wanted.data is None:
-        return _samples(made, None, wanted.samples, made.recipe.verify.seed)
-    return _samples(made, Path(wanted.data), wanted.samples, made.recipe.verify.seed)
+    path = None if wanted.data is None else Path(wanted.data)
+    return _samples(made, path, wanted.samples, generated_sizes(made.profiles[0]))
 
 
 # Passes
@@ -294,7 +296,9 @@ def _verifier(made: Plan, loaded: pipeline.Step, memory: Memory, progress: Progr
 
     ran = source.digest if source.reference else ""
     about = (ran, source.task, loaded.end.digest, made.verification.digest, len(made.verification))
-    return Verifier(lambda feeds: reference()(feeds), made.verification, made.recipe.verify.metrics, memory, about)
+    section = made.recipe.verify
+    custom = load_custom(section.custom, Path(made.recipe.source.label).parent)
+    return Verifier(lambda feeds: reference()(feeds), made.verification, section.asked, memory, about, custom)
 
 
 def _record_load(run: Run, step: pipeline.Step) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+
+import numpy as np
 
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Feeds, Loaded
@@ -16,6 +19,8 @@ BATCH = Range(1, 1, 8)
 """Of a dimension whose name says batch, where the recipe gives no sizes."""
 OTHER = Range(1, 128, 512)
 """Of any other, cut to what the model allows."""
+LARGEST_CORNER = 8
+"""How many times the work of the best sizes a generated sample may be."""
 
 
 def declare_inputs(graph: Graph, recipe: Recipe) -> None:
@@ -124,6 +129,27 @@ def sizes_of(graph: Graph, sample: Feeds) -> dict[str, int]:
 def generated_sizes(profile: Profile) -> list[dict[str, int]]:
     """Sizes for generated samples: the profile's optimum, and its least."""
     return [{name: sizes.opt for name, sizes in profile.items()}, {name: sizes.min for name, sizes in profile.items()}]
+
+
+def verified_sizes(profiles: Sequence[Profile], count: int, seed: int = 0) -> list[dict[str, int]]:
+    """Sizes of `count` generated samples for verification: of each profile the optimum, the least sizes, each
+    dimension at its largest with the others at their least, all at their largest where that is at most
+    `LARGEST_CORNER` times the optimum; then sizes in between.
+    """
+    edges: list[dict[str, int]] = []
+    for profile in profiles:
+        optimum, least, largest = (
+            {name: getattr(sizes, end) for name, sizes in profile.items()} for end in ("opt", "min", "max")
+        )
+        edges += [optimum, least, *({**least, name: size} for name, size in largest.items())]
+        if prod(largest.values()) <= LARGEST_CORNER * prod(max(size, 1) for size in optimum.values()):
+            edges.append(largest)
+    found = [dict(sizes) for sizes in dict.fromkeys(tuple(edge.items()) for edge in edges)]
+    rng = np.random.default_rng(seed)
+    while len(found) < count:
+        profile = profiles[len(found) % len(profiles)]
+        found.append({name: int(rng.integers(sizes.min, sizes.opt + 1)) for name, sizes in profile.items()})
+    return found[:count]
 
 
 def _assumed(name: str, limits: Mapping[str, int]) -> Range:

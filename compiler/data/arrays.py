@@ -16,13 +16,24 @@ from llmc.passes.graph import Array, Tensor, shape_of
 
 
 def from_folder(path: Path, inputs: Sequence[Tensor]) -> Samples:
-    files = sorted(path.glob("*.npz"))
-    if not files:
-        raise LlmcError(f"{path} holds no .npz files")
+    files = sorted(path.glob("*.npz")) or _single_arrays(path, inputs)
     for file in files:
         _read_npz(file, inputs)
     digest = digest_files({file.name: file for file in files})
     return Samples(path.name, digest, False, len(files), lambda number: _read_npz(files[number], inputs))
+
+
+def _single_arrays(path: Path, inputs: Sequence[Tensor]) -> list[Path]:
+    """The folder's .npy files, each the one input of a sample. Raises LlmcError where it has none."""
+    files = sorted(path.glob("*.npy"))
+    if not files:
+        raise LlmcError(f"{path} holds no .npz files, no .npy files and no images")
+    if len(inputs) > 1:
+        names = ", ".join(tensor.name for tensor in inputs)
+        raise LlmcError(
+            f"{path} holds .npy files, one array each, but the model has {len(inputs)} inputs ({names}): save .npz"
+        )
+    return files
 
 
 def from_rows(path: Path, inputs: Sequence[Tensor]) -> Samples:
@@ -49,7 +60,9 @@ def _read_npz(path: Path, inputs: Sequence[Tensor]) -> dict[str, Array]:
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+            if not isinstance(archive, np.lib.npyio.NpzFile) and len(inputs) == 1:
+                archive = _Single(inputs[0].name, archive)
+            elif not isinstance(archive, np.lib.npyio.NpzFile):
                 raise LlmcError(f"{path} is a single array (.npy), not an .npz file with one array per input")
             missing = [tensor.name for tensor in inputs if tensor.name not in archive.files]
             if missing:
@@ -61,6 +74,14 @@ def _read_npz(path: Path, inputs: Sequence[Tensor]) -> dict[str, Array]:
         raise LlmcError(f"{path} is not an .npz file of plain arrays: {error}") from error
     sizes: dict[str, tuple[str, int]] = {}
     return {tensor.name: _fit(arrays[tensor.name], tensor, path, sizes) for tensor in inputs}
+
+
+class _Single(dict[str, Array]):
+    """The one array of a .npy file, as an archive."""
+
+    def __init__(self, name: str, array: Array) -> None:
+        super().__init__({name: array})
+        self.files = [name]
 
 
 def _fit(array: Array, tensor: Tensor, path: Path, sizes: dict[str, tuple[str, int]]) -> Array:

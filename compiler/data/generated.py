@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,29 @@ from llmc.compiler.data.bounds import index_bounds
 from llmc.compiler.data.samples import Samples, Sizes, graph_inputs
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Feeds
+from llmc.compiler.recipe.errors import suggestion
 from llmc.passes.graph import Array, Graph, Tensor, shape_of
 from llmc.passes.shapes.dimension import size_at, summands
 
+Ranges = Mapping[str, tuple[float, float]]
+"""Input → least and largest value."""
+
 
 def generate(
-    graph: Graph, sizes: Sequence[Sizes], *, vocabulary: int | None = None, seed: int = 0, count: int = 16
+    graph: Graph,
+    sizes: Sequence[Sizes],
+    *,
+    vocabulary: int | None = None,
+    seed: int = 0,
+    count: int = 16,
+    ranges: Ranges = MappingProxyType({}),
 ) -> Samples:
     """`count` random samples in the shapes of the graph's inputs, going through `sizes` in turn.
 
     What a value may be is read off the graph (the rows of the table that an input indexes) and the input's
-    name: token ids below `vocabulary`, masks of ones whose later rows end in padding, positions in order;
-    floats are normal. The same arguments give the same samples.
+    name: token ids below `vocabulary`, masks of ones that end in padding (not all of them), positions in order;
+    floats are normal. `ranges` gives an input's least and largest value instead. The same arguments give the same
+    samples. Raises LlmcError for a range of an input that is not there.
     """
     bounds = index_bounds(graph)
     if vocabulary is not None:
@@ -31,25 +43,47 @@ def generate(
     inputs = graph_inputs(graph)
     for given in sizes:
         _check_sizes(inputs, given)
+    strange = next((name for name in ranges if name not in {tensor.name for tensor in inputs}), None)
+    if strange is not None:
+        raise LlmcError(
+            f"verify.ranges: the model has no input '{strange}'{suggestion(strange, [t.name for t in inputs])}"
+        )
     described = [(t.name, str(t.dtype), shape_of(t), bounds.get(t.name)) for t in inputs]
-    recipe = repr((described, [sorted(given.items()) for given in sizes], seed, count))
+    recipe = repr((described, [sorted(given.items()) for given in sizes], seed, count, sorted(ranges.items())))
 
     def make(number: int) -> Feeds:
-        return random_feeds(inputs, sizes[number % len(sizes)], bounds, np.random.default_rng([seed, number]))
+        return random_feeds(inputs, sizes[number % len(sizes)], bounds, np.random.default_rng([seed, number]), ranges)
 
     return Samples("random inputs", hashlib.sha256(recipe.encode()).hexdigest(), True, count, make)
 
 
 def random_feeds(
-    inputs: Sequence[Tensor], sizes: Sizes, bounds: Mapping[str, int], rng: np.random.Generator
+    inputs: Sequence[Tensor],
+    sizes: Sizes,
+    bounds: Mapping[str, int],
+    rng: np.random.Generator,
+    ranges: Ranges = MappingProxyType({}),
 ) -> dict[str, Array]:
-    """One random sample; integers of an input stay below its entry in `bounds`."""
+    """One random sample; integers of an input stay below its entry in `bounds`, or within that in `ranges`."""
     feeds = {}
     for tensor in inputs:
         shape = tuple(size_at(size, sizes) for size in tensor.shape)
-        feeds[tensor.name] = _random(tensor.name, np.dtype(tensor.dtype), shape, bounds.get(tensor.name), rng)
+        dtype = np.dtype(tensor.dtype)
+        if tensor.name in ranges:
+            feeds[tensor.name] = _within(ranges[tensor.name], dtype, shape, rng)
+        else:
+            feeds[tensor.name] = _random(tensor.name, dtype, shape, bounds.get(tensor.name), rng)
     _pad_past(feeds)
     return feeds
+
+
+def _within(
+    limits: tuple[float, float], dtype: np.dtype[Any], shape: tuple[int, ...], rng: np.random.Generator
+) -> Array:
+    """Uniform from the least to the largest value, of integers both included."""
+    if dtype.kind in "iub":
+        return rng.integers(int(limits[0]), int(limits[1]) + 1, size=shape).astype(dtype)
+    return rng.uniform(*limits, size=shape).astype(dtype)
 
 
 def _pad_past(feeds: dict[str, Array]) -> None:
@@ -80,12 +114,16 @@ def _random(
 
 
 def _mask(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Ones; of a [rows, length] mask, rows after the first end in zeros, over half the length at most."""
+    """Ones; of a [rows, length] mask, rows after the first end in zeros, over half the length at most.
+
+    A row that is alone does so in every other sample.
+    """
     mask = np.ones(shape, dtype=np.int64)
     if len(shape) == 2:
         rows, length = shape
         kept = rng.integers((length + 1) // 2, length + 1, size=rows)
-        kept[0] = length
+        if rows > 1 or rng.integers(2):
+            kept[0] = length
         mask[np.arange(length) >= kept[:, None]] = 0
     return mask
 

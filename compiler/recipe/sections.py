@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -21,9 +21,12 @@ from pydantic import (
 
 from llmc.compiler.targets import Range, TargetKind
 
-Metric = Literal["max_abs", "relative_l2", "cosine", "sqnr_db"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
-AT_LEAST: frozenset[Metric] = frozenset({"cosine", "sqnr_db"})
+Metric = Literal["max_abs", "relative_l2", "cosine", "sqnr_db", "top1", "top5", "kl"]
+METRICS: tuple[Metric, ...] = ("max_abs", "relative_l2", "cosine", "sqnr_db")
+"""What is measured of every output."""
+LOGITS_METRICS: tuple[Metric, ...] = ("top1", "top5", "kl")
+"""What is measured besides of outputs called logits, and of every output where a recipe asks for it."""
+AT_LEAST: frozenset[Metric] = frozenset({"cosine", "sqnr_db", "top1", "top5"})
 """Metrics whose budget is a least value; the budget of every other one is a largest value."""
 
 _UNITS = {"": 1, "B": 1} | {
@@ -167,10 +170,29 @@ class Budgets(Section):
     max_abs: float | None = Field(None, ge=0, description="Largest absolute difference.")
     relative_l2: float | None = Field(None, ge=0, description="Largest L2 norm of the difference over the reference's.")
     sqnr_db: float | None = Field(None, description="Least signal over difference, in decibels.")
+    top1: float | None = Field(None, ge=0, le=1, description="Least part of rows whose largest entry is the same.")
+    top5: float | None = Field(None, ge=0, le=1, description="Least part of each row's five largest that is the same.")
+    kl: float | None = Field(
+        None, ge=0, description="Largest mean Kullback-Leibler divergence of rows taken as logits, in nats."
+    )
 
     def limits(self) -> dict[str, float]:
         """The metrics that have a budget."""
         return {metric: limit for metric, limit in self if limit is not None}
+
+
+class CustomMetric(Section):
+    """A metric of the user's own: `function(expected, found) -> float` of one output of one sample, as arrays.
+
+    Its mean over the samples is compared with the limits.
+    """
+
+    function: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="'module:function'; the module is looked for beside the recipe and in the working directory too.",
+    )
+    at_least: float | None = Field(None, description="Least value.")
+    at_most: float | None = Field(None, description="Largest value.")
 
 
 class VerifySection(Section):
@@ -181,7 +203,13 @@ class VerifySection(Section):
     )
     samples: int = Field(10, ge=1, description="Largest number of samples that are run.")
     seed: int = Field(0, ge=0, description="Of generated samples.")
-    metrics: tuple[Metric, ...] = Field(METRICS, min_length=1, description="What is measured.")
+    ranges: dict[str, tuple[float, float]] = Field(
+        {}, description="Input → least and largest value where it is generated; by default what the graph tells."
+    )
+    metrics: tuple[Metric, ...] = Field(
+        METRICS, min_length=1, description="What is measured; of outputs called logits also top1, top5 and kl."
+    )
+    custom: dict[str, CustomMetric] = Field({}, description="Name → a metric of your own, of every output.")
     mode: Literal["local", "full", "final"] = Field(
         "local",
         description="'full': the whole graph after every pass; 'local': the regions that a pass changed, and the whole "
@@ -204,10 +232,16 @@ class VerifySection(Section):
     @model_validator(mode="after")
     def _budgets_are_measured(self) -> Self:
         for budgets in (self.budgets, *self.pass_budgets.values()):
-            unmeasured = set(budgets.limits()) - set(self.metrics)
+            unmeasured = set(budgets.limits()) - set(self.metrics) - set(LOGITS_METRICS)
             if unmeasured:
                 raise ValueError(f"has a budget for {', '.join(sorted(unmeasured))}, which metrics leaves out")
         return self
+
+    @property
+    def asked(self) -> tuple[Metric, ...]:
+        """The metrics that are measured of every output: those listed, and those of logits that have a budget."""
+        limited = {metric for budgets in (self.budgets, *self.pass_budgets.values()) for metric in budgets.limits()}
+        return (*self.metrics, *(m for m in LOGITS_METRICS if m in limited and m not in self.metrics))
 
     def limits(self, key: str | None = None) -> dict[str, float]:
         """Metric → limit after the pass `key`, or for the loaded graph (None)."""

@@ -35,6 +35,10 @@ class OutputNumerics(Part):
     sqnr_db: Measured = Field(
         default=None, description="Signal over difference in decibels; null where they are equal."
     )
+    top1: Measured = Field(default=None, description="Part of rows whose largest entry is the same.")
+    top5: Measured = Field(default=None, description="Part of each row's five largest entries that is the same.")
+    kl: Measured = Field(default=None, description="Mean Kullback-Leibler divergence of rows as logits, in nats.")
+    custom: dict[str, Measured] = Field(default_factory=dict, description="Metric of the recipe's own → mean.")
     finite: bool = Field(description="False where this output has NaN or infinity that the reference has not.")
 
     @model_validator(mode="after")

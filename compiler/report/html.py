@@ -243,7 +243,7 @@ def _pass_details(step: PassReport) -> Iterable[Markup]:
         yield fold("Rewrites", len(step.rewrites), table(("#No.", "Rule", "Node", ""), rewrites))
 
 
-_NUMERICS = ("#Max abs", "#Relative L2", "#Cosine", "#SQNR", "Finite")
+_NUMERICS = ("#Max abs", "#Relative L2", "#Cosine", "#SQNR", "Finite", "Other")
 
 
 def _numerics(numerics: OutputNumerics) -> tuple[str, ...]:
@@ -253,6 +253,7 @@ def _numerics(numerics: OutputNumerics) -> tuple[str, ...]:
         text.similarity(numerics.cosine),
         text.decibels(numerics),
         "yes" if numerics.finite else "no",
+        ", ".join(f"{name} {value:.4g}" for name, value in summary.other_metrics(numerics).items()),
     )
 
 

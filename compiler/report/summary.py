@@ -74,6 +74,12 @@ def _outputs(step: PassReport) -> list[OutputNumerics]:
     return step.numerics or moved
 
 
+def other_metrics(numerics: OutputNumerics) -> dict[str, float]:
+    """What was measured beside the metrics that every output has: those of logits, and the recipe's own."""
+    found = {"top1": numerics.top1, "top5": numerics.top5, "kl": numerics.kl, **numerics.custom}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _measured(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 

@@ -20,7 +20,6 @@ from llmc.compiler.report import (
     Report,
     TargetReport,
     TensorLine,
-    Verification,
     summary,
     text,
 )
@@ -61,7 +60,7 @@ def render(report: Report, console: Console, folder: Path | None = None) -> None
         _facts("Near misses", _near_misses(report)),
         _facts("Graph", _graph(report.graph)),
         _facts("Precision", _precision(report.precision)),
-        _facts("Verified", _verification(report.verification)),
+        _facts("Verified", _verification(report)),
         _facts(f"Target {report.target.kind}", _target(report.target)) if report.target else None,
         _files(report, folder),
         _warnings(report),
@@ -238,7 +237,8 @@ def _precision(layers: list[LayerPrecision]) -> list[tuple[str, Text]]:
     return rows
 
 
-def _verification(verification: Verification | None) -> list[tuple[str, Text]]:
+def _verification(report: Report) -> list[tuple[str, Text]]:
+    verification = report.verification
     if verification is None:
         return []
     budgets = ", ".join(f"{metric} {limit:g}" for metric, limit in verification.budgets.items())

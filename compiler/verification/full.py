@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 
 from llmc.compiler.cache import outputs
 from llmc.compiler.cache.keys import code_digest, environment
@@ -12,7 +13,8 @@ from llmc.compiler.loaders import Feeds
 from llmc.compiler.recipe.sections import METRICS, Metric
 from llmc.compiler.report import OutputNumerics
 from llmc.compiler.session import Session
-from llmc.compiler.verification.metrics import compare
+from llmc.compiler.verification.custom import custom_digest
+from llmc.compiler.verification.metrics import Custom, compare
 from llmc.passes.graph import Array, Graph
 
 
@@ -26,13 +28,15 @@ class Verifier:
         metrics: Sequence[Metric] = METRICS,
         memory: Memory = NOTHING,
         about: Sequence[object] = (),
+        custom: Custom = MappingProxyType({}),
     ) -> None:
         """`about` is all that the reference and the samples depend on: what is found in `memory` by."""
         self._reference = reference
         self._given = samples
         self._metrics = metrics
         self._memory = memory
-        self.about = (*about, code_digest(__name__) if memory.store else "", environment())
+        self._custom = custom
+        self.about = (*about, code_digest(__name__) if memory.store else "", environment(), *custom_digest(custom))
         """All that the reference and the samples depend on."""
 
     @cached_property
@@ -56,7 +60,7 @@ class Verifier:
         if found is not None:
             return [OutputNumerics.model_construct(**line) for line in found.value["outputs"]]
         session = Session(graph.graph if isinstance(graph, State) else graph)
-        numerics = compare(zip(self.expected, map(session.run, self.samples), strict=True), self._metrics)
+        numerics = compare(zip(self.expected, map(session.run, self.samples), strict=True), self._metrics, self._custom)
         if parts:
             self._memory.keep("numerics", parts, {"outputs": [dict(line) for line in numerics]})
         return numerics

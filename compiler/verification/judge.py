@@ -13,7 +13,7 @@ from llmc.compiler.report import OutputNumerics, RegionReport
 from llmc.compiler.verification.budgets import breaches
 from llmc.compiler.verification.full import Verifier
 from llmc.compiler.verification.local import LocalComparison, LocalVerifier
-from llmc.compiler.verification.regions import changed_regions
+from llmc.compiler.verification.regions import Side, changed_regions
 from llmc.passes.base import LlmcError, Safety
 
 REGIONS_SHOWN = 8
@@ -73,7 +73,7 @@ class Judge:
             self._local(step, verdict, safety)
         if last and not verdict.numerics and (changed or self.changed_since):
             self._run_whole(step, verdict)
-        verdict.problems = breaches(verdict.numerics, self.section.limits(step.key))
+        verdict.problems = breaches(verdict.numerics, self.section.limits(step.key), self.section.custom)
         return verdict
 
     def accept(self, step: Step, verdict: Verdict) -> None:
@@ -88,7 +88,7 @@ class Judge:
 
     def _full(self, step: Step, verdict: Verdict) -> None:
         """Run the whole graph, unless it is the graph before but for names and dead nodes."""
-        same = not any(region.outputs for region in changed_regions(step.before, step.end.structure))
+        same = not any(region.outputs for region in changed_regions(Side(step.before), Side(step.end.structure)))
         if same and self.last_numerics:
             verdict.verified, verdict.numerics = "full", self.last_numerics
         else:

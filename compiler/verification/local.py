@@ -7,9 +7,8 @@ compared with what was captured there, and takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import onnx
@@ -18,7 +17,7 @@ from llmc.compiler.loaders import Feeds
 from llmc.compiler.report import OutputNumerics, RegionReport
 from llmc.compiler.session import Session
 from llmc.compiler.verification.metrics import compare
-from llmc.compiler.verification.regions import Region, changed_regions, element_types, reads
+from llmc.compiler.verification.regions import Region, Side, changed_regions, element_types, reads
 from llmc.passes.base import LlmcError
 from llmc.passes.graph import Array, Structure, Weights, from_structure, module_in
 
@@ -61,12 +60,15 @@ class LocalVerifier:
     values: list[dict[str, Array]] = field(default_factory=list)
     """For each captured sample, the value of every tensor of the graph that was accepted last."""
 
+    _sides: list[Side] = field(default_factory=list)
+
     def compare(self, before: Structure, after: Structure) -> LocalComparison | None:
         """The regions in which the graphs differ, on the captured values; None where that is most of the graph.
 
         Raises LlmcError where a region cannot run.
         """
-        regions = changed_regions(before, after)
+        old, new = self._side(before), self._side(after)
+        regions = changed_regions(old, new)
         if not any(region.outputs for region in regions):
             return LocalComparison([], [{} for _ in self.values])
         if sum(len(region.new) for region in regions) > LARGEST_PART * len(after.model.graph.node):
@@ -75,12 +77,18 @@ class LocalVerifier:
             self._capture(before)
         moved: set[str] = set()
         while True:
-            regions = changed_regions(before, after, moved, self._equal)
+            regions = changed_regions(old, new, moved, self._equal)
             made = self._run(after, regions)
             misfits = self._misfits(before, after, regions, made) - moved
             if not misfits:
                 return LocalComparison(self._numerics(before, after, regions, made), made)
             moved |= misfits
+
+    def _side(self, structure: Structure) -> Side:
+        """What a graph is compared by; that of the last step's is the next one's too."""
+        known = next((side for side in self._sides if side.structure is structure), None)
+        self._sides = [*self._sides[-1:], known or Side(structure)]
+        return self._sides[-1]
 
     def _equal(self, one: str, other: str) -> bool:
         return all(one in v and other in v and np.array_equal(v[one], v[other]) for v in self.values)
@@ -126,8 +134,8 @@ class LocalVerifier:
         names = [name for node in structure.model.graph.node for name in node.output if name]
         session = Session(from_structure(structure), names)
         size = per_element = 0.0
-        for sample in islice(self.samples, CAPTURED_SAMPLES * 2):
-            elements = sum(value.size for value in sample.values())
+        for sample in _most_telling(self.samples):
+            elements = _elements(sample)
             if self.values and (len(self.values) == CAPTURED_SAMPLES or size + per_element * elements > CAPTURED_BYTES):
                 continue
             values = {**sample, **session.run(sample, names)}
@@ -137,6 +145,22 @@ class LocalVerifier:
             self.values.append(values)
         if not self.values:
             raise LlmcError("there is no sample to verify on")
+
+
+def _most_telling(samples: Iterable[Feeds]) -> list[Feeds]:
+    """The first sample, then those no larger than it: first one with padding, if that has none."""
+    first, *others = list(samples) or [{}]
+    rest = [sample for sample in others if _elements(sample) <= _elements(first)]
+    padded = [] if _is_padded(first) else [sample for sample in rest if _is_padded(sample)][:1]
+    return [first, *padded, *(sample for sample in rest if not any(sample is p for p in padded))] if first else []
+
+
+def _is_padded(sample: Feeds) -> bool:
+    return any("mask" in name and not np.all(value) for name, value in sample.items())
+
+
+def _elements(sample: Feeds) -> int:
+    return sum(value.size for value in sample.values())
 
 
 def _report(region: Region, outputs: list[OutputNumerics]) -> RegionReport:
@@ -154,14 +178,27 @@ class _NewNodes:
 
     def __init__(self, after: Structure, nodes: Sequence[onnx.NodeProto], captured: Mapping[str, Array]) -> None:
         self.made = [name for node in nodes for name in node.output if name]
-        self.session = Session(from_structure(_part(after, nodes, captured)), self.made) if nodes else None
+        read = {name for node in nodes for name in reads(node)} & after.weights.keys()
+        held = {name: after.weights[name] for name in read}
+        self.weights = {
+            name: held.load() if isinstance(held, Weights) else held
+            for name, held in held.items()
+            if held.dtype.isbuiltin == 1
+        }
+        part = _part(after, nodes, {**captured, **self.weights}, self.weights.keys())
+        self.session = Session(from_structure(part), self.made) if nodes else None
 
     def values(self, captured: Mapping[str, Array]) -> dict[str, Array]:
-        return self.session.run(captured, self.made) if self.session else {}
+        return self.session.run({**captured, **self.weights}, self.made) if self.session else {}
 
 
-def _part(structure: Structure, nodes: Sequence[onnx.NodeProto], captured: Mapping[str, Array]) -> Structure:
-    """The nodes as a model of their own, in the order of the whole; its inputs are captured tensors."""
+def _part(
+    structure: Structure, nodes: Sequence[onnx.NodeProto], given: Mapping[str, Array], fed: Collection[str]
+) -> Structure:
+    """The nodes as a model of their own, in the order of the whole; its inputs are tensors of `given`.
+
+    The weights `fed` are inputs too: ONNX Runtime would copy them.
+    """
     chosen = {id(node) for node in nodes}
     read = {name for node in nodes for name in reads(node)}
     made = {name for node in nodes for name in node.output}
@@ -169,14 +206,14 @@ def _part(structure: Structure, nodes: Sequence[onnx.NodeProto], captured: Mappi
     part = onnx.ModelProto(ir_version=structure.model.ir_version, opset_import=structure.model.opset_import)
     part.graph.name = whole.name
     part.graph.node.extend(node for node in whole.node if id(node) in chosen)
-    part.graph.initializer.extend(tensor for tensor in whole.initializer if tensor.name in read)
+    part.graph.initializer.extend(t for t in whole.initializer if t.name in read and t.name not in fed)
     part.graph.value_info.extend(info for info in whole.value_info if info.name in made)
     constants = {tensor.name for tensor in part.graph.initializer}
     types = element_types(structure)
     for name in sorted(read - made - constants):
-        if name not in captured:
+        if name not in given:
             raise LlmcError(f"no value of '{name}' was captured")
-        kind = types.get(name) or onnx.helper.np_dtype_to_tensor_dtype(captured[name].dtype)
+        kind = types.get(name) or onnx.helper.np_dtype_to_tensor_dtype(given[name].dtype)
         part.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
     return Structure(part, {name: structure.weights[name] for name in constants & structure.weights.keys()})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx
 
@@ -22,30 +22,28 @@ class Region:
 
 
 def changed_regions(
-    before: Structure,
-    after: Structure,
+    old: Side,
+    new: Side,
     moved: Collection[str] = (),
     equal: Callable[[str, str], bool] = lambda _before, _after: False,
 ) -> list[Region]:
     """The regions in which two graphs differ, in the order of the second.
 
     A node is the same where operator, attributes, constants, and the names and types of all else that it reads and
-    makes are.
-    `equal` says of two tensors of the first graph whether they have the same value: a node that reads the other one
-    now is the same too. What reads or makes one of the tensors `moved` counts as changed: they stand for something
-    else than before.
-    A region without `outputs` matters to nobody: it was dead, or is.
+    makes are. `equal` says of two tensors of the first graph whether they have the same value: a node that reads the
+    other one now is the same too. What reads or makes one of the tensors `moved` counts as changed: they stand for
+    something else than before. A region without `outputs` matters to nobody: it was dead, or is.
     """
-    retyped = _retyped(before, after) | set(moved)
-    old, new = _Side(before, retyped, "before"), _Side(after, retyped, "after")
-    gone = [node for key, node in old.nodes.items() if key not in new.nodes]
-    come = [node for key, node in new.nodes.items() if key not in old.nodes]
+    moved = {*moved, *(n for n in old.types.keys() & new.types.keys() if old.types[n] != new.types[n])}
+    gone = [node for key, node in old.nodes.items() if key not in new.nodes or _touches(node, moved)]
+    come = [node for key, node in new.nodes.items() if key not in old.nodes or _touches(node, moved)]
     gone, come = _without_twins(old, new, gone, come, equal)
     groups = _Groups([*gone, *come])
     changed = {id(node) for node in come}
-    read_outside = {name for node in after.model.graph.node if id(node) not in changed for name in reads(node)}
-    read_outside |= {info.name for info in after.model.graph.output}
-    known = old.tensors() & new.tensors() & read_outside
+    graph = new.structure.model.graph
+    read_outside = {name for node in graph.node if id(node) not in changed for name in reads(node)}
+    read_outside |= {info.name for info in graph.output}
+    known = old.tensors & new.tensors & read_outside
     found: dict[str, tuple[list[onnx.NodeProto], list[onnx.NodeProto]]] = defaultdict(lambda: ([], []))
     for side, nodes in ((1, come), (0, gone)):
         for node in nodes:
@@ -61,8 +59,8 @@ def changed_regions(
 
 
 def _without_twins(
-    old: _Side,
-    new: _Side,
+    old: Side,
+    new: Side,
     gone: Sequence[onnx.NodeProto],
     come: Sequence[onnx.NodeProto],
     equal: Callable[[str, str], bool],
@@ -83,6 +81,10 @@ def _without_twins(
         if pairs and all(b not in made and equal(a, b) for a, b in pairs):
             twins |= {id(twin), id(node)}
     return [n for n in gone if id(n) not in twins], [n for n in come if id(n) not in twins]
+
+
+def _touches(node: onnx.NodeProto, moved: Collection[str]) -> bool:
+    return bool(moved) and any(name in moved for name in (*reads(node), *node.output))
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:
@@ -109,33 +111,21 @@ def element_types(structure: Structure) -> dict[str, int]:
     return {name: kind for name, kind in types.items() if kind}
 
 
-def _retyped(before: Structure, after: Structure) -> set[str]:
-    old, new = element_types(before), element_types(after)
-    return {name for name in old.keys() & new.keys() if old[name] != new[name]}
+class Side:
+    """A graph that is to be compared with another: its nodes by all that tells one from another."""
 
-
-@dataclass
-class _Side:
-    """One of the two graphs: its nodes by all that tells one from another."""
-
-    structure: Structure
-    retyped: set[str]
-    label: str
-    nodes: dict[Hashable, onnx.NodeProto] = field(init=False)
-
-    def __post_init__(self) -> None:
-        graph = self.structure.model.graph
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        graph = structure.model.graph
+        self.types = element_types(structure)
         self.opsets: dict[str, int] = {entry.domain: entry.version for entry in self.structure.model.opset_import}
         self.constants = {tensor.name: self._constant(tensor) for tensor in graph.initializer}
         for node in graph.node:
             if node.op_type == "Identity" and not node.domain and node.input[0] in self.constants:
                 self.constants[node.output[0]] = self.constants[node.input[0]]
         self.nodes = {self._key(node): node for node in graph.node}
-
-    def tensors(self) -> set[str]:
-        graph = self.structure.model.graph
-        made = {name for node in graph.node for name in node.output if name}
-        return made | {info.name for info in (*graph.input, *graph.initializer)}
+        self.tensors = {info.name for info in (*graph.input, *graph.initializer)}
+        self.tensors |= {name for node in graph.node for name in node.output if name}
 
     def _constant(self, tensor: onnx.TensorProto) -> Hashable:
         """The same for the same values: large ones by where they are held, for graphs share them."""
@@ -148,13 +138,8 @@ class _Side:
         return (tensor.data_type, tuple(tensor.dims), tensor.raw_data or tensor.SerializeToString(deterministic=True))
 
     def _key(self, node: onnx.NodeProto) -> Hashable:
-        read = tuple(reads(node))
-        return (
-            self.operation(node),
-            tuple(self.constants.get(name, name) for name in read),
-            (len(node.input), tuple(node.output)),
-            self.label if not self.retyped.isdisjoint((*read, *node.output)) else "",
-        )
+        read = tuple(self.constants.get(name, name) for name in reads(node))
+        return (self.operation(node), read, len(node.input), tuple(node.output))
 
     def operation(self, node: onnx.NodeProto) -> Hashable:
         """What the node does, whatever it reads."""

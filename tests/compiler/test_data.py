@@ -427,3 +427,32 @@ def test_a_text_begins_with_an_empty_cache(tmp_path: Path, parse: GraphParser, t
     (feeds,) = from_path(tmp_path / "text.txt", graph, tokenizer)
     assert feeds["past_key_values.0.key"].shape == (1, 2, 0, 4)
     np.testing.assert_array_equal(feeds["attention_mask"], np.ones((1, 4)))
+
+
+# Ranges, and folders of .npy files
+
+
+def test_generated_values_stay_in_their_ranges(parse: GraphParser) -> None:
+    graph = parse("(float[N,64] x, int32[N,64] i) => (float[N,64] y) { f = Cast<to = 1>(i) y = Add(x, f) }")
+    (feeds,) = generate(graph, [{"N": 8}], count=1, ranges={"x": (-2.0, 3.0), "i": (4, 6)})
+    assert set(feeds["i"].reshape(-1).tolist()) == {4, 5, 6}
+    assert -2 <= feeds["x"].min() < -1.8 < 2.8 < feeds["x"].max() <= 3  # of 512 uniform values
+    with pytest.raises(LlmcError, match=r"verify\.ranges: the model has no input 'X'"):
+        generate(graph, [{"N": 8}], count=1, ranges={"X": (0, 1)})
+
+
+def test_a_mask_of_one_row_ends_in_padding_in_some_samples(parse: GraphParser) -> None:
+    samples = list(generate(parse(TEXT_GRAPH), [{"batch": 1, "sequence": 16}], count=12))
+    padded = [sample["attention_mask"].sum() < 16 for sample in samples]
+    assert any(padded)
+    assert not all(padded)
+
+
+def test_a_folder_of_npy_files_is_one_sample_each(tmp_path: Path, parse: GraphParser) -> None:
+    arrays = [np.full((1, 2, 2), number, np.float32) for number in range(3)]
+    for number, array in enumerate(arrays):
+        np.save(tmp_path / f"{number}.npy", array)
+    samples = from_path(tmp_path, parse(IMAGE_GRAPH))
+    assert [feeds["a"].tolist() for feeds in samples] == [array.tolist() for array in arrays]
+    with pytest.raises(LlmcError, match=r"\.npy files, one array each, but the model has 2 inputs \(a, b\)"):
+        from_path(tmp_path, parse(PAIR_GRAPH))

@@ -8,7 +8,14 @@ import pytest
 
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Loaded
-from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles, sizes_of
+from llmc.compiler.profiles import (
+    check_sizes,
+    declare_inputs,
+    generated_sizes,
+    resolve_profiles,
+    sizes_of,
+    verified_sizes,
+)
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.targets import Range
 from llmc.passes.graph import Graph
@@ -132,3 +139,18 @@ def test_sums_must_agree_with_their_parts(parse: Any) -> None:
 
 def test_generated_sizes_are_the_optimum_and_the_least() -> None:
     assert generated_sizes({"n": Range(1, 4, 8)}) == [{"n": 4}, {"n": 1}]
+
+
+def test_generated_samples_are_at_the_edges_of_every_profile() -> None:
+    profiles = [
+        {"batch": Range(1, 1, 8), "sequence": Range(2, 128, 512)},
+        {"batch": Range(4, 4, 4), "sequence": Range(64, 64, 128)},
+    ]
+    found = [(sizes["batch"], sizes["sequence"]) for sizes in verified_sizes(profiles, 12)]
+    # 8 · 512 is 32 times 1 · 128, so the largest sizes of the first profile come one at a time
+    assert found[:7] == [(1, 128), (1, 2), (8, 2), (1, 512), (4, 64), (4, 128), found[6]]
+    assert len(found) == 12
+    for number, sizes in enumerate(found[6:], 6):
+        profile = profiles[number % 2]
+        assert all(profile[n].min <= s <= profile[n].opt for n, s in zip(("batch", "sequence"), sizes, strict=True))
+    assert [tuple(s.values()) for s in verified_sizes(profiles, 2)] == found[:2]

@@ -28,10 +28,11 @@ def compare(verifier: LocalVerifier, before: Graph, after: Graph) -> Any:
 
 
 def test_an_error_is_that_of_the_region_alone(samples: Any, parse: Any) -> None:
+    """On two samples: the first, and the first of those that are no larger."""
     before, after = parse(CHAIN), parse(CHAIN.replace("e = Add(b, d)", "E = Add(b, d) e = Add(E, d)"))
     found = compare(LocalVerifier(samples), before, after)
     (region,) = found.regions
-    values = [Session(before, ["e"]).run(sample, ["e"])["e"] for sample in samples[:2]]
+    values = [Session(before, ["e"]).run(sample, ["e"])["e"] for sample in (samples[0], samples[2])]
     squares = sum(float((v.astype(np.float64) ** 2).sum()) for v in values)
     added = sum(9.0 * v.size for v in values)
     assert region.relative_l2 == pytest.approx(np.sqrt(added / squares), rel=1e-6)  # float32 adds 3 to 2^-24
@@ -73,6 +74,18 @@ def test_a_folded_constant_is_compared_with_what_was_computed(samples: Any, pars
     for value, exact in ((6, True), (7, False)):
         after = parse(CHAIN.replace("float d", f"float k = {{{value}}}, float d").replace("(a, c)", "(a, k)"))
         assert compare(LocalVerifier(samples), before, after).is_exact is exact
+
+
+def test_a_sample_with_padding_is_among_the_captured(parse: Any) -> None:
+    graph = parse("(float[N,4] x, float[N,4] mask) => (float[N,4] y) { a = Mul(x, mask) b = Neg(a) y = Abs(b) }")
+    ones, padded = np.ones((2, 4), np.float32), np.array([[1, 1, 1, 0]] * 2, np.float32)
+    verifier = LocalVerifier([{"x": ones, "mask": mask} for mask in (ones, ones, ones, padded)])
+    compare(
+        verifier,
+        graph,
+        parse("(float[N,4] x, float[N,4] mask) => (float[N,4] y) { a = Mul(x, mask) b = Abs(a) y = Abs(b) }"),
+    )
+    assert [values["mask"].all() for values in verifier.values] == [True, False]
 
 
 def test_nan_is_never_rounding(samples: Any, parse: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.compiler.verification.regions import Region, changed_regions
+from llmc.compiler.verification.regions import Region, Side, changed_regions
 from llmc.passes.graph import Constant, Graph, copy_graph, to_structure
 
 CHAIN = (
@@ -18,7 +18,9 @@ def changes(before: Graph, after: Graph, **options: Any) -> list[tuple[list[str]
     def plain(region: Region) -> tuple[list[str], list[str], tuple[str, ...]]:
         return [n.op_type for n in region.gone], [n.op_type for n in region.new], region.outputs
 
-    return [plain(region) for region in changed_regions(to_structure(before), to_structure(after), **options)]
+    return [
+        plain(region) for region in changed_regions(Side(to_structure(before)), Side(to_structure(after)), **options)
+    ]
 
 
 @pytest.mark.parametrize(
