@@ -51,6 +51,8 @@ class Site:
     scale: float
     key_order: list[int] | None = None
     masks: list[Mask] = field(default_factory=list)
+    softcap: float = 0.0
+    """c where scores become c · tanh(scores / c) before they are masked; 0 where they do not."""
     guarded: bool = False
     """Whether a row that is masked everywhere, NaN after the Softmax, is made 0."""
 
@@ -72,7 +74,7 @@ class AttentionMatcher:
         if axis % len(shape) != len(shape) - 1:
             raise NotAttentionError(f"it is over axis {axis}, not the last one")
         product, guarded, masked = self._to_values(softmax)
-        scores, scale, masks = self._to_scores(softmax)
+        scores, scale, softcap, masks = self._to_scores(softmax)
         if masked is not None:
             if [id(unconverted(mask.tensor)) for mask in masks if mask.kind == "add"] != [id(unconverted(masked))]:
                 raise NotAttentionError(f"rows are made 0 by '{masked.name}', which is not the mask")
@@ -81,6 +83,8 @@ class AttentionMatcher:
         key, key_order, key_scale = self._key(scores.inputs[1])
         site = Site(softmax, product, query, key, product.inputs[1], scale * query_scale * key_scale)
         site.key_order, site.masks, site.guarded = key_order, masks, guarded
+        if softcap:
+            site.softcap, site.scale = softcap, site.scale * softcap
         return site
 
     def only_user(self, tensor: Tensor) -> Node:
@@ -127,9 +131,9 @@ class AttentionMatcher:
         whole = guard.op == "Where" and guard.inputs[0] is test.outputs[0] and guard.inputs[2] is weights
         return guard if whole and single(guard.inputs[1]) == 0 else None
 
-    def _to_scores(self, softmax: Node) -> tuple[Node, float, list[Mask]]:
-        """From the Softmax up to the product of queries and keys: that node, its scale, and the masks."""
-        tensor, scale = softmax.inputs[0], 1.0
+    def _to_scores(self, softmax: Node) -> tuple[Node, float, float, list[Mask]]:
+        """From the Softmax up to the product of queries and keys: that node, its scale, its cap, and the masks."""
+        tensor, scale, softcap = softmax.inputs[0], 1.0, 0.0
         masks: list[Mask] = []
         while True:
             self.only_user(tensor)
@@ -137,7 +141,10 @@ class AttentionMatcher:
             if node is None or node.domain:
                 raise NotAttentionError(f"'{tensor.name}' is no product of queries and keys")
             if node.op == "MatMul":
-                return node, scale, masks
+                return node, scale, softcap, masks
+            if node.op == "Tanh" and not softcap and scale > 0:
+                tensor, scale, softcap = node.inputs[0], 1.0, scale
+                continue
             if node.op in CONVERSIONS:
                 tensor = node.inputs[0]
                 continue
@@ -148,6 +155,8 @@ class AttentionMatcher:
             if scale != 1.0 and node.op in ("Add", "Sub", "Where"):
                 raise NotAttentionError(f"the scale of {scale:.6g} comes after the mask of {called(node)}")
             tensor, mask = self._unmasked(node)
+            if softcap:
+                raise NotAttentionError(f"its scores are masked by {called(node)} before they are capped")
             masks.append(mask)
 
     def _unmasked(self, node: Node) -> tuple[Tensor, Mask]:
@@ -279,7 +288,14 @@ def leads_to_product(tensor: Tensor, reach: int = REACH) -> bool:
         return False
     if node.op == "MatMul":
         return all(constant_source(t) is None for t in node.inputs)
-    passing = {"Add": (0, 1), "Where": (1, 2), "Mul": (0, 1), "Div": (0,), **dict.fromkeys(CONVERSIONS, (0,))}
+    passing = {
+        "Add": (0, 1),
+        "Where": (1, 2),
+        "Mul": (0, 1),
+        "Div": (0,),
+        "Tanh": (0,),
+        **dict.fromkeys(CONVERSIONS, (0,)),
+    }
     return any(leads_to_product(node.inputs[i], reach - 1) for i in passing.get(node.op, ()))
 
 

@@ -48,7 +48,7 @@ class FuseAttention(Pass):
     Attention nodes that were there before, and a RotaryEmbedding between. Shapes must prove the number of heads.
 
     Left alone: a row that may be -inf everywhere and is not made 0 (it is NaN, but 0 in Attention; finite numbers such
-    as -3.4e38 never do that), soft caps, weights that are used elsewhere, masks of a shape that is not certain.
+    as -3.4e38 never do that), weights that are used elsewhere, masks of a shape that is not certain.
 
     **Safety:** tolerance; the same function, rounded in another order (float32: 1e-5 of the largest value).
 
@@ -60,6 +60,10 @@ class FuseAttention(Pass):
 
     zero_masked_rows: bool = Field(
         False, description="Fuse also where a row of scores may be -inf everywhere: its result, NaN, becomes 0."
+    )
+
+    softcap: bool = Field(
+        False, description="Fuse also where scores are capped, c · tanh(x / c): TensorRT takes no Attention that does."
     )
 
     def run(self, graph: Graph, context: Context) -> PassResult:
@@ -141,6 +145,11 @@ class _Fusion:
     def _site(self, softmax: Node, masks: MaskBuilder) -> tuple[Site, Shape]:
         """The attention around a Softmax and the shape of its scores. Raises NotAttentionError."""
         site = self.matcher.at(softmax)
+        if site.softcap and not self.settings.softcap:
+            raise NotAttentionError(
+                f"its scores are capped at {site.softcap:.6g}, which TensorRT's attention does not do; "
+                "`softcap` allows it"
+            )
         self._take_groups(site)
         taken = (site.query, site.key, site.value, site.product.outputs[0])
         types = sorted({dtype_name(onnx_dtype(tensor)) for tensor in taken})
@@ -194,6 +203,7 @@ class _Fusion:
             made.mask,
             **flat,
             scale=scale_attribute(site.scale, size),
+            softcap=site.softcap or None,
             is_causal=1 if made.causal else None,
         )
         result = site.product.outputs[0]

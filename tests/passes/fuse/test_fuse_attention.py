@@ -323,6 +323,31 @@ def test_half_precision_with_a_softmax_in_float32(parse: Any) -> None:
     np.testing.assert_allclose(after, before, rtol=0, atol=5 * 2.0**-11)
 
 
+CAPPED = "c = Mul(s, root) d = Div(c, eight) t = Tanh(d) e = Mul(t, eight) b = Where(u, zero, low) m = Add(e, b) "
+
+
+def test_may_be_told_to_take_capped_scores(parse: Any) -> None:
+    graph = parse(model(PLAIN + CAPPED + END, QKV + ", bool[B,1,S,T] u"))
+    (miss,) = FuseAttention().run(graph, Context()).near_misses
+    assert miss.reason.startswith("its scores are capped at 2.82843, which TensorRT's attention does not do")
+    fused = copy_graph(graph)
+    FuseAttention(softcap=True).run(fused, Context())
+    assert Counter(n.op for n in fused.nodes) == {"Attention": 1, "Where": 1}
+    (attention,) = (n for n in fused.nodes if n.op == "Attention")
+    assert attention.attrs["softcap"] == pytest.approx(8**0.5)
+    given = feeds(graph)
+    given["q"] *= 9  # so that the cap shows
+    expected = Session(graph).run(given)["y"]
+    np.testing.assert_allclose(Session(fused).run(given)["y"], expected, atol=1e-5)  # float32, as above
+
+
+def test_a_cap_behind_the_mask_is_another_function(parse: Any) -> None:
+    body = "b = Where(u, zero, low) a = Add(s, b) t = Tanh(a) m = Mul(t, eight) "
+    graph = parse(model(PLAIN + body + END, QKV + ", bool[B,1,S,T] u"))
+    (miss,) = FuseAttention(softcap=True).run(graph, Context()).near_misses
+    assert miss.reason == "its scores are masked by Add 'a' before they are capped"
+
+
 def test_may_be_told_to_make_masked_rows_zero(parse: Any) -> None:
     graph = parse(UNGUARDED)
     FuseAttention(zero_masked_rows=True).run(graph, Context())
