@@ -160,6 +160,8 @@ class Pass(BaseModel, ABC):
     after: ClassVar[tuple[str, ...]] = ()
     """Keys of passes that must stand before this one where a recipe has both; checked, never reordered."""
     needs: ClassVar[tuple[Need, ...]] = ()
+    repeatable: ClassVar[bool] = True
+    """Whether the result follows from the graph, the parameters, the data and the code of llmc alone."""
     safety: ClassVar[Safety]
 
     @abstractmethod

@@ -20,15 +20,18 @@ def raise_opset(graph: Graph, version: int) -> str | None:
         model = onnx.version_converter.convert_version(structure.model, version)
     except Exception as error:  # the converter reports an operator it has no adapter for as RuntimeError or worse
         return f"the ONNX version converter cannot raise opset {graph.opset} to {version}: {str(error).strip()}"
-    raised = from_structure(Structure(model, structure.weights))
-    _keep_metadata(graph, raised)
-    graph.nodes, graph.inputs, graph.outputs = raised.nodes, raised.inputs, raised.outputs
-    graph.opset, graph.import_domains, graph.ir_version = version, raised.import_domains, raised.ir_version
+    take_over(graph, from_structure(Structure(model, structure.weights)))
     return None
 
 
+def take_over(graph: Graph, other: Graph) -> None:
+    """`graph` becomes what another tool made of it; nodes that still make the same tensor get their metadata back."""
+    _keep_metadata(graph, other)
+    graph.nodes, graph.inputs, graph.outputs = other.nodes, other.inputs, other.outputs
+    graph.opset, graph.import_domains, graph.ir_version = other.opset, other.import_domains, other.ir_version
+
+
 def _keep_metadata(before: Graph, after: Graph) -> None:
-    """The converter drops metadata: a node that still makes the same tensor gets it back."""
     old = {node.outputs[0].name: node for node in before.nodes if node.outputs}
     for node in after.nodes:
         source = old.get(node.outputs[0].name) if node.outputs else None

@@ -28,7 +28,7 @@ class PassMemory:
         """`data` is the digest of what its activations stand on; None where that is not known."""
         self.memory = memory
         self.ledger = ledger
-        self.known = before.ref is not None and data is not None
+        self.known = step.repeatable and before.ref is not None and data is not None
         self.taken = ledger.taken
         parameters = {step.key(): step.model_dump(mode="json")}
         left_out = (sorted(ledger.refused), sorted(ledger.offered))
