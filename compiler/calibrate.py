@@ -15,7 +15,7 @@ import numpy as np
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.session import Session
 from llmc.passes.graph import Array, Graph
-from llmc.passes.precision.int8_grid import LEVELS
+from llmc.passes.precision.levels import LEVELS
 
 BINS = 4096
 """Of a histogram; a power of two. The largest value stands in the upper half, so 16 bins or more make one step."""

@@ -152,6 +152,19 @@ def test_bf16(directory: Path, tokens: list[dict[str, Array]], expected: Array, 
     assert {(layer.found, layer.engine) for layer in products} == {("bfloat16", "bfloat16")}
 
 
+@pytest.mark.slow
+def test_fp8(directory: Path, tokens: list[dict[str, Array]], expected: Array, tmp_path: Path) -> None:
+    data = f"passes.quantize-fp8.calibration.data={CONFIGS / 'calibration.txt'}"
+    recipe = Recipe.load("fp8").with_settings(["target.kind=tensorrt-rtx", "verify.mode=final", data])
+    report = run_compile(str(directory), recipe, tmp_path / "out")
+    assert list(read(tmp_path / "out/model.engine").compute_capabilities) == [89, 120]
+    # 4 bits of 24 are left: a relative error of up to 2^-4 for each factor, 0.07 for the embeddings, of which
+    # cosine shows half the square
+    assert cosines(tmp_path / "out", tokens, expected).mean() >= 0.996
+    products = [layer for layer in report.precision if layer.op == "MatMul"]
+    assert [(layer.found, layer.engine) for layer in products] == [("float8_e4m3fn", "float8_e4m3fn")] * 36
+
+
 def test_a_second_compile_gives_the_same_bytes(source: Any, tmp_path: Path) -> None:
     """Of everything but the timings."""
     made = []

@@ -98,10 +98,10 @@ def test_the_python_of_the_readme(place: Path) -> None:
     run(f"{sys.executable} readme.py", place)
 
 
-@pytest.mark.parametrize("recipe", ["optimize", "fp16", "bf16", "int8", "onnx-int8"])
+@pytest.mark.parametrize("recipe", ["optimize", "fp16", "bf16", "int8", "fp8", "onnx-int8"])
 def test_every_shipped_recipe_builds_an_engine(recipe: str, place: Path) -> None:
     """The two for MiniLM are in test_minilm.py."""
-    texts = "--calibration texts.txt" if "int8" in recipe else "--verify-inputs texts.txt"
+    texts = "--calibration texts.txt" if "8" in recipe else "--verify-inputs texts.txt"
     run(f"llmc compile hf-dir --recipe {recipe} {texts} --target tensorrt-rtx -o build/shipped-{recipe}", place)
     assert (place / f"build/shipped-{recipe}/model.engine").stat().st_size > 0
 
@@ -112,5 +112,5 @@ def test_the_shipped_recipe_for_onnx_runtime_builds(place: Path) -> None:
 
 
 def test_no_shipped_recipe_is_left_out() -> None:
-    compiled = {"optimize", "fp16", "bf16", "int8", "onnx-int8", "onnxruntime-int8", "minilm-fp16", "minilm-int8"}
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == compiled
+    engines = {"optimize", "fp16", "bf16", "int8", "fp8", "onnx-int8", "minilm-fp16", "minilm-int8"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == engines | {"onnxruntime-int8"}

@@ -1,4 +1,4 @@
-"""Puts QuantizeLinear and DequantizeLinear before the products that are to be INT8."""
+"""Puts QuantizeLinear and DequantizeLinear before the products that are to be quantized."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 import numpy as np
-import onnx
 
 from llmc.passes.base import LlmcError
 from llmc.passes.graph import (
@@ -22,15 +21,15 @@ from llmc.passes.graph import (
     outputs_of_scopes,
     unlink,
 )
-from llmc.passes.precision.int8_grid import quantize, scales
-from llmc.passes.precision.int8_products import Product, Reader
+from llmc.passes.precision.levels import Levels
+from llmc.passes.precision.products import Product, Reader
 
 
 class Inserter:
     """Puts Q/DQ pairs before the nodes that use them, each pair once."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, levels: Levels) -> None:
+        self.graph, self.levels = graph, levels
         self.fresh = fresh_names(graph)
         self.made: dict[tuple[int, int | None], Variable] = {}
         """(id of the tensor, channel axis; None for an activation) → what DequantizeLinear gives."""
@@ -49,8 +48,8 @@ class Inserter:
 
     def _activation(self, product: Product, tensor: Tensor, amax: float) -> Variable:
         if (id(tensor), None) not in self.made:
-            parameters = self._parameters(tensor.name, scales(np.asarray(amax), product.dtype))
-            quantized = Variable(self.fresh(f"{tensor.name}_int8"), np.dtype(np.int8), tensor.shape)
+            parameters = self._parameters(tensor.name, self.levels.scales(np.asarray(amax), product.dtype))
+            quantized = Variable(self.fresh(f"{tensor.name}_{self.levels.name}"), self.levels.numpy, tensor.shape)
             self._node("QuantizeLinear", product.node, [tensor, *parameters], quantized)
             self._dequantize(product, tensor, [quantized, *parameters])
         return self.made[id(tensor), None]
@@ -63,17 +62,19 @@ class Inserter:
             others = tuple(i for i in range(values.ndim) if i != axis)
             amax = np.abs(values).max(axis=others, initial=0)
             if not np.isfinite(amax).all():
-                raise LlmcError(f"quantize-int8: weight '{weight.name}' of {product.node.name} has NaN or infinity")
-            scale = scales(amax, product.dtype)
+                raise LlmcError(
+                    f"weight '{weight.name}' of {product.node.name} has NaN or infinity: it cannot be quantized"
+                )
+            scale = self.levels.scales(amax, product.dtype)
             spread = np.expand_dims(scale, others)
-            stored = Derived(onnx.TensorProto.INT8, values.shape, lambda: quantize(read(), spread))
-            constant = Constant(self.fresh(f"{weight.name}_int8"), stored)
+            stored = Derived(self.levels.dtype, values.shape, lambda: self.levels.quantize(read(), spread))
+            constant = Constant(self.fresh(f"{weight.name}_{self.levels.name}"), stored)
             self._dequantize(product, weight, [constant, *self._parameters(weight.name, scale)], axis=axis)
         return self.made[id(weight), axis]
 
     def _parameters(self, name: str, scale: Array) -> list[Constant]:
         """Scale, and zero points of its shape."""
-        zeros = np.zeros(scale.shape, np.int8)
+        zeros = np.zeros(scale.shape, self.levels.numpy)
         return [Constant(self.fresh(f"{name}_scale"), scale), Constant(self.fresh(f"{name}_zero_point"), zeros)]
 
     def _dequantize(self, product: Product, tensor: Tensor, inputs: list[Tensor], **axis: int) -> None:

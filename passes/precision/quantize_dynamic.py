@@ -23,7 +23,7 @@ from llmc.passes.graph import (
     unlink,
 )
 from llmc.passes.opset import raise_opset
-from llmc.passes.precision.int8_grid import quantize, scales
+from llmc.passes.precision.levels import INT8
 from llmc.passes.precision.selection import SelectivePass
 from llmc.passes.precision.weight_sites import WeightSite, weight_sites
 
@@ -134,11 +134,11 @@ class _Editor:
         peaks = np.abs(rows).max(axis=1, initial=0)
         if not np.isfinite(peaks).all():
             raise LlmcError(f"quantize-dynamic: weight '{site.weight.name}' of {site.node.name} has NaN or infinity")
-        steps = scales(peaks, FLOAT32)
+        steps = INT8.scales(peaks, FLOAT32)
         held, order = site.weight.copy(), (site.depth_axis, site.channel_axis)
 
         def levels() -> Array:
-            return quantize(np.ascontiguousarray(load_values(held).transpose(order)), steps)
+            return INT8.quantize(np.ascontiguousarray(load_values(held).transpose(order)), steps)
 
         name = site.weight.name
         stored = Derived(onnx.TensorProto.INT8, (site.depth, len(rows)), levels)

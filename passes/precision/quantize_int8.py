@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
-from pydantic import Field
-
-from llmc.passes.base import Context, LlmcError, Need, PassResult, Safety, Skip
-from llmc.passes.graph import Graph, Node, copy_graph, fresh_names, infer_shapes, outputs_of_scopes, scopes
-from llmc.passes.opset import raise_opset
-from llmc.passes.precision.bias import add_bias, bias_is_known
-from llmc.passes.precision.calibration import Clipping
-from llmc.passes.precision.insert_qdq import Inserter
-from llmc.passes.precision.int8_products import SINCE, Product, as_product, is_operator
-from llmc.passes.precision.int8_twins import Loss, losses
-from llmc.passes.precision.selection import SelectivePass
-
-Operator = Literal["MatMul", "Gemm", "Conv", "ConvTranspose"]
-PRODUCTS: frozenset[str] = frozenset(get_args(Operator))
-OTHERS = frozenset({"Attention", "DeformConv", "Einsum", "GRU", "LSTM", "RNN"})
-"""Operators that multiply too; the report says that they stay as they are."""
+from llmc.passes.base import Safety
+from llmc.passes.precision.levels import INT8
+from llmc.passes.precision.quantize_products import QuantizeProducts
 
 
-class QuantizeInt8(SelectivePass):
+class QuantizeInt8(QuantizeProducts):
     """Multiply in INT8: static, symmetric, per-channel weights, per-tensor activations.
 
     MatMul, Gemm, Conv, ConvTranspose (x: float, W: constant) → the same with
@@ -42,103 +28,5 @@ class QuantizeInt8(SelectivePass):
     Quantization for Deep Learning Inference" (2020); TensorRT developer guide, "Working with Quantized Types".
     """
 
-    after: ClassVar[tuple[str, ...]] = ("fold-constants",)
-    needs: ClassVar[tuple[Need, ...]] = ("activations",)
     safety: ClassVar[Safety] = "lossy"
-
-    operators: list[Operator] = Field(
-        ["MatMul", "Gemm", "Conv"],
-        description="Operators to quantize. In TensorRT-RTX, ConvTranspose saves space only.",
-    )
-    attention: bool = Field(False, description="Quantize products of two activations too (Q·Kᵀ and weights·V).")
-    correct_bias: bool = Field(
-        True, description="Take the mean error of each output channel, on the calibration data, out of the bias."
-    )
-    calibration: Clipping = Field(Clipping(), description="Where the scales of activations come from.")
-
-    def run(self, graph: Graph, context: Context) -> PassResult:
-        """Raises LlmcError for a pattern that matches nothing, and for weights or activations that are not finite."""
-        if self.attention:
-            infer_shapes(graph)
-        products, result = self._survey(graph)
-        needed = max((SINCE[product.dtype] for product in products), default=0)
-        if graph.opset < needed:
-            problem = raise_opset(graph, needed)
-            if problem is not None:
-                raise LlmcError(f"quantize-int8 needs opset {needed}: {problem}; export the model at a newer opset")
-            products, result = self._survey(graph)
-        if not products and not result.kept:
-            raise Skip(f"the graph has no {', '.join(sorted(PRODUCTS))}")
-        amax = self._calibrate(graph, products, context)
-        chosen = []
-        for index, product in enumerate(products):
-            silent = next((name for name in product.names if amax[name] == 0), None)
-            if silent is not None:
-                result.kept[product.node.name] = f"its input '{silent}' is 0 throughout the calibration data"
-            elif context.apply(result, "QuantizeInt8", product.node, product.describe(amax)):
-                chosen.append(index)
-                result.asked[product.node.name] = "int8"
-        nothing = all(product.node.name in result.kept for product in products)
-        measured = self._measure(graph, chosen, amax, context)
-        products = [products[index] for index in chosen]
-        inserter = Inserter(graph)
-        for product in products:
-            inserter.quantize(product, amax)
-        inserter.finish()
-        self._correct(graph, products, measured)
-        if nothing:
-            result.warnings.append("nothing was quantized; the report says why for each node")
-        return result
-
-    def _survey(self, graph: Graph) -> tuple[list[Product], PassResult]:
-        """What to quantize, in graph order, and a result that holds why each other product is left alone."""
-        result = PassResult()
-        refusals = self.refusals([node for node in graph.nodes if is_operator(node, PRODUCTS)])
-        products = []
-        for node in graph.nodes:
-            if is_operator(node, PRODUCTS | OTHERS):
-                found = self._refusal(node) or refusals.get(id(node)) or as_product(node, self.attention)
-                if isinstance(found, str):
-                    result.kept[node.name] = found
-                else:
-                    products.append(found)
-        for scope in scopes(graph)[1:]:
-            for node in scope.nodes:
-                if is_operator(node, PRODUCTS | OTHERS):
-                    result.kept[node.name] = "inside a subgraph: its tensors cannot be calibrated"
-        return products, result
-
-    def _measure(self, graph: Graph, chosen: list[int], amax: Mapping[str, float], context: Context) -> list[Loss]:
-        """What each chosen product, by its place in the survey, loses in INT8 while all before it is float."""
-        if not chosen or not self.correct_bias or context.activations is None:
-            return []
-        twin = copy_graph(graph)
-        found, _ = self._survey(twin)
-        same = [found[index] for index in chosen]
-        return losses(twin, same, amax, context.activations, self.calibration.samples)
-
-    def _correct(self, graph: Graph, products: list[Product], measured: list[Loss]) -> None:
-        outputs, fresh = outputs_of_scopes(graph), fresh_names(graph)
-        for product, loss in zip(products, measured, strict=False):
-            if loss.bias is not None and bias_is_known(product.node):
-                add_bias(graph, product.node, loss.bias.astype(product.dtype), outputs, fresh)
-
-    def _refusal(self, node: Node) -> str | None:
-        if node.op in OTHERS:
-            return f"this pass does not quantize {node.op}"
-        if node.op not in self.operators:
-            return f"{node.op} is not among the operators to quantize"
-        return None
-
-    def _calibrate(self, graph: Graph, products: list[Product], context: Context) -> Mapping[str, float]:
-        if not products:
-            return {}
-        if context.activations is None:
-            raise LlmcError("quantize-int8 needs calibration data: give some with --calibration DATA")
-        return context.activations.amax(
-            graph,
-            list(dict.fromkeys(name for product in products for name in product.names)),
-            method=self.calibration.method,
-            percentile=self.calibration.percentile,
-            samples=self.calibration.samples,
-        )
+    levels: ClassVar = INT8

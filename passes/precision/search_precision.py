@@ -15,7 +15,8 @@ from llmc.passes.graph import Array, Graph, Node, constant_bytes, constants, cop
 from llmc.passes.precision.calibration import Clipping
 from llmc.passes.precision.convert_fp16 import ConvertFp16
 from llmc.passes.precision.distance import Distance, distance
-from llmc.passes.precision.quantize_int8 import Operator, QuantizeInt8
+from llmc.passes.precision.quantize_int8 import QuantizeInt8
+from llmc.passes.precision.quantize_products import Operator
 from llmc.passes.precision.selection import SelectivePass
 
 Precision = Literal["int8", "fp16", "fp32"]

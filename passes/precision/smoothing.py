@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.passes.graph import Array
-from llmc.passes.precision.int8_grid import to_levels
+from llmc.passes.precision.levels import to_levels
 from llmc.passes.precision.rows import Fold, Rows
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

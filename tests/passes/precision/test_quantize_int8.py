@@ -26,10 +26,11 @@ from llmc.passes.graph import (
     to_model,
 )
 from llmc.passes.precision.calibration import Clipping
-from llmc.passes.precision.int8_grid import quantize, scales
+from llmc.passes.precision.levels import INT8
 from llmc.passes.precision.quantize_int8 import QuantizeInt8
 
 RNG = np.random.default_rng(0)
+scales, quantize = INT8.scales, INT8.quantize
 
 
 class Peaks:
@@ -203,19 +204,19 @@ LEFT = {
         "(float[3,4] x, float[4] w) => (float[3] y) { y = MatMul(x, w) }",
         {"w": (4,)},
         {},
-        "its weight is a vector: INT8 gains nothing",
+        "its weight is a vector: to quantize it gains nothing",
     ),
     "doubles": (
         "(double[3,4] x, double[4,5] w) => (double[3,5] y) { y = MatMul(x, w) }",
         {"w": np.ones((4, 5))},
         {},
-        "its weight is float64; INT8 takes the place of float32 and float16",
+        "its weight is float64; only float32 and float16 are quantized",
     ),
     "integers multiplied": (
         "(int32[3,4] x, int32[4,5] w) => (int32[3,5] y) { y = MatMul(x, w) }",
         {},
         {"attention": True},
-        "its factors are int32; INT8 takes the place of float32 and float16",
+        "its factors are int32; only float32 and float16 are quantized",
     ),
     "an operator not asked for": (
         "(float[1,2,4] x, float[2,3,2] w) => (float[1,3,5] y) { y = ConvTranspose(x, w) }",

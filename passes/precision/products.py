@@ -1,4 +1,4 @@
-"""What INT8 arithmetic takes: products, their activations, and their weights however they come."""
+"""What quantized arithmetic takes: products, their activations, and their weights however they come."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def as_product(node: Node, attention: bool) -> Product | str:
     read = cast("Reader", readers[position])
     weight = read()
     if weight.dtype not in SINCE:
-        return f"its weight is {weight.dtype}; INT8 takes the place of float32 and float16"
+        return f"its weight is {weight.dtype}; only float32 and float16 are quantized"
     if weight.ndim < 2:
-        return "its weight is a vector: INT8 gains nothing"
+        return "its weight is a vector: to quantize it gains nothing"
     axis = _channel_axis(node, position, weight.ndim)
     return Product(node, weight.dtype, (factors[1 - position],), factors[position], read, axis, position)
 
@@ -81,7 +81,7 @@ def _activation_product(node: Node, attention: bool) -> Product | str:
     first, second = node.inputs[:2]
     dtype = first.dtype or second.dtype
     if dtype not in SINCE:
-        return f"its factors are {dtype or 'of unknown type'}; INT8 takes the place of float32 and float16"
+        return f"its factors are {dtype or 'of unknown type'}; only float32 and float16 are quantized"
     return Product(node, dtype, (first, second))
 
 

@@ -1,4 +1,4 @@
-"""What each product loses in INT8: a twin of it, quantized, beside it in the float graph, on calibration data."""
+"""What each product loses by quantization: a quantized twin beside it in the float graph, on calibration data."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 from llmc.passes.base import Activations
 from llmc.passes.graph import Array, Graph, Node, Variable, fresh_names
 from llmc.passes.precision.insert_qdq import Inserter
-from llmc.passes.precision.int8_products import Product
+from llmc.passes.precision.levels import Levels
+from llmc.passes.precision.products import Product
 
 
 @dataclass
 class Loss:
-    """How far a product in INT8 is from the same in float, all before it being float."""
+    """How far a quantized product is from the same in float, all before it being float."""
 
     channels: int | None
     """The axis of the result that a bias runs along."""
@@ -39,7 +40,7 @@ class Loss:
 
     @property
     def bias(self) -> Array | None:
-        """What INT8 lacks on average: [channels]."""
+        """What it lacks on average: [channels]."""
         if self.total is None or not self.values:
             return None
         return self.total * (self.total.size / self.values)
@@ -51,10 +52,15 @@ class Loss:
 
 
 def losses(
-    graph: Graph, products: Sequence[Product], amax: Mapping[str, float], activations: Activations, samples: int
+    graph: Graph,
+    products: Sequence[Product],
+    levels: Levels,
+    amax: Mapping[str, float],
+    activations: Activations,
+    samples: int,
 ) -> list[Loss]:
     """What each of the products of `graph` loses, in their order. `graph` is a copy to spoil: twins are put into it."""
-    inserter, fresh = Inserter(graph), fresh_names(graph)
+    inserter, fresh = Inserter(graph, levels), fresh_names(graph)
     pairs = []
     after: dict[int, Node] = {}
     for product in products:
