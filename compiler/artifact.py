@@ -78,9 +78,14 @@ def artifact(output: Path, *, force: bool = False) -> Iterator[Path]:
         _remove(partial)
 
 
-def write_manifest(folder: Path, about: Mapping[str, object]) -> None:
-    """Write `manifest.json`: what `about` says, the SHA-256 of every other file in `folder`, and its own."""
-    (folder / MANIFEST).write_text(_signed({**about, "files": _digests(folder)}), encoding="utf-8")
+def write_manifest(folder: Path, about: Mapping[str, object]) -> dict[str, str]:
+    """Write `manifest.json`: what `about` says, the SHA-256 of every other file in `folder`, and its own.
+
+    Returns those of the other files.
+    """
+    files = _digests(folder)
+    (folder / MANIFEST).write_text(_signed({**about, "files": files}), encoding="utf-8")
+    return files
 
 
 def check_artifact(folder: Path) -> list[str]:

@@ -81,6 +81,10 @@ def compile_command(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output even if it is no artifact.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
+    lock: Annotated[
+        bool, typer.Option("--lock", help="Begin llmc.lock beside the recipe; it is kept from then on.")
+    ] = False,
+    locked: Annotated[bool, typer.Option("--locked", help="Refuse what would differ from llmc.lock.")] = False,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Do everything anew, and keep nothing of it.")] = False,
     stop_after_rewrite: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Do no rewrite after number N.")
@@ -117,6 +121,7 @@ def compile_command(
                 offline=offline,
                 stop_after_rewrite=stop_after_rewrite,
                 cached=not no_cache,
+                lock=_lock(recipe, model, lock, locked, stop_after_rewrite is not None),
                 listeners=_listeners(dump_passes, model, print_changed),
                 progress=progress,
             )
@@ -129,6 +134,17 @@ def compile_command(
     if time_passes:
         times.render(report.timings, _error_console())
     _print(report.model_dump(mode="json"), as_json, lambda console: render(report, console, place))
+
+
+def _lock(recipe: str, model: str, wanted: bool, locked: bool, partial: bool) -> Any:
+    """The lock entry of this compile, where it is to be written, kept or obeyed."""
+    from llmc.compiler.errors import LlmcError
+    from llmc.compiler.lock import Lock
+
+    if partial and (wanted or locked):
+        raise LlmcError("--stop-after-rewrite makes no whole compile: leave out --lock and --locked")
+    entry = Lock.of(recipe, model, refuses=locked)
+    return entry if wanted or locked or (not partial and entry.exists()) else None
 
 
 def _listeners(dump: Path | None, model: str, print_changed: bool) -> list[Callable[[Any], None]]:

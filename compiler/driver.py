@@ -23,6 +23,7 @@ from llmc.compiler.evidence import Given, evidence_place, keep_breach, keep_cras
 from llmc.compiler.generation.tokenizer import copy_tokenizer
 from llmc.compiler.loaders import Feeds, Loaded, load
 from llmc.compiler.loaders.tasks import TEXT_GENERATION
+from llmc.compiler.lock import Lock
 from llmc.compiler.precision import Asked, fallbacks, some
 from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles, verified_sizes
 from llmc.compiler.recipe import Recipe
@@ -48,6 +49,9 @@ from llmc.compiler.verification.custom import load_custom
 from llmc.compiler.verification.judge import REGIONS_SHOWN, Judge, Verdict
 from llmc.passes.base import Ledger, Pass
 from llmc.passes.graph import Array, Graph, save_model
+
+NOT_LOCKED = ("recipe.yaml", "report.html", "report.json", "report.md")
+"""Files that differ from run to run, or from machine to machine: reports have timings, recipes have paths."""
 
 
 def _quiet(_phase: str) -> None:
@@ -198,21 +202,23 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
     stop_after_rewrite: int | None = None,
     listeners: Sequence[pipeline.Listener] = (),
     cached: bool = True,
+    lock: Lock | None = None,
     progress: Progress = _quiet,
 ) -> Report:
     """Compile `source` as `recipe` says into the directory `output`, which is complete afterwards or absent.
 
     `listeners` are called with each step, the load first. With `cached` nothing is done again that the user's cache
-    holds. Raises LlmcError for bad input, BudgetError where a step moved an output too far, InternalError where a pass
-    crashed and PrecisionError where a layer is not in the precision asked for (the evidence is then in
-    `<output>.failed`), TargetError where the target cannot build the graph.
+    holds; `lock` is written, or refuses what differs from it. Raises LlmcError for bad input, BudgetError where a step
+    moved an output too far, InternalError where a pass crashed and PrecisionError where a layer is not in the
+    precision asked for (the evidence is then in `<output>.failed`), TargetError where the target cannot build the
+    graph.
     """
     check_place(output, force=force)
     with open_memory(cached) as memory:
         while True:
             with suppress(DamagedError):  # dropped by now: what it held is made anew
                 made = plan(source, recipe, tokenizer=tokenizer, offline=offline, memory=memory, progress=progress)
-                return _run(made, output, force, stop_after_rewrite, listeners, memory, progress)
+                return _run(made, output, force, stop_after_rewrite, listeners, memory, lock, progress)
 
 
 def _run(
@@ -222,9 +228,13 @@ def _run(
     stop_after_rewrite: int | None,
     listeners: Sequence[pipeline.Listener],
     memory: Memory,
+    lock: Lock | None,
     progress: Progress,
 ) -> Report:
     started = time.perf_counter() - made.seconds["load"]
+    locked = {**_about(made), "recipe": made.recipe.document(lambda path: path.name)}
+    if lock is not None:
+        lock.check(locked)
     loaded = pipeline.loaded(made.loaded.graph, memory, on_disk=made.loaded.kind == "onnx")
     verifier = _verifier(made, loaded, memory, progress)
     judge = Judge(made.recipe.verify, verifier, len(made.recipe.passes), memory)
@@ -248,7 +258,12 @@ def _run(
         if made.loaded.task == TEXT_GENERATION and made.loaded.tokenizer is not None:
             copy_tokenizer(made.loaded.tokenizer, folder)
         (folder / "recipe.yaml").write_text(made.recipe.resolved_yaml(), encoding="utf-8")
-        write_manifest(folder, _about(made))
+        files = write_manifest(folder, _about(made))
+        locked |= {"outputs": {name: digest for name, digest in files.items() if name not in NOT_LOCKED}}
+        if lock is not None:
+            lock.check(locked)
+    if lock is not None:
+        lock.write(locked)
     return report
 
 

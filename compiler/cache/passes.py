@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from llmc.compiler.cache.keys import code_digest, environment
 from llmc.compiler.cache.memory import Memory, State
-from llmc.passes.base import Applied, Ledger, NearMiss, Pass, PassResult, TradeOff
+from llmc.passes.base import Applied, Ledger, Pass, PassResult
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,8 @@ class PassMemory:
 
 def _result(value: Mapping[str, Any], taken: int) -> PassResult:
     """As it was, numbered on from `taken`."""
-    rewrites = [Applied(**rewrite) for rewrite in value["rewrites"]]
-    near_misses = [NearMiss(**miss) for miss in value["near_misses"]]
-    frontier = [TradeOff(**{**point, "left": tuple(point["left"])}) for point in value["frontier"]]
-    parts = {"rewrites": _renumbered(rewrites, taken), "near_misses": near_misses, "frontier": frontier}
-    return PassResult(**{**value, **parts})
+    result = TypeAdapter(PassResult).validate_python(value)
+    return replace(result, rewrites=_renumbered(result.rewrites, taken))
 
 
 def _renumbered(rewrites: list[Applied], by: int) -> list[Applied]:

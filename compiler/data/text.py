@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ def from_text(path: Path, graph: Graph, tokenizer: Path | None, limit_sequence: 
     file = tokenizer if tokenizer.is_file() else tokenizer / "tokenizer.json"
     encode = _Encoder(path, file, graph, limit_sequence)
     digest = digest_files({path.name: path, file.name: file})
+    if limit_sequence is not None:
+        digest = hashlib.sha256(f"{digest} cut at {limit_sequence}".encode()).hexdigest()
     return Samples(path.name, digest, False, len(lines), lambda number: encode(*lines[number]))
 
 

@@ -132,11 +132,15 @@ def parse(text: str, label: str, *, numbered: bool = True) -> Source:
     return Source(label, value, lines, tuple(reader.faults))
 
 
-def dump(value: object, header: Sequence[str] = ()) -> str:
-    """YAML text that `parse` reads back to the same value, below comment lines; keys keep their order."""
+def dump(value: object, header: Sequence[str] = (), *, line_each: bool = False) -> str:
+    """YAML text that `parse` reads back to the same value, below comment lines; keys keep their order.
+
+    Small lists and mappings stand on one line, unless every value is to have a line of its own.
+    """
+    flow = False if line_each else None
     comments = "".join(f"# {line}\n" for line in header)
     return comments + yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110
+        value, Dumper=_Dumper, sort_keys=False, default_flow_style=flow, allow_unicode=True, width=110
     )
 
 
