@@ -162,12 +162,9 @@ class SampledActivations:
         """Of all that the samples are made of; None where that is not known, and nothing of it can be remembered."""
         self.samples = samples
         self.source = source
+        self.random = random
+        """Whether the samples were made up, where real ones would count: whoever uses them is warned."""
         self.warnings: list[str] = []
-        if random:
-            self.warnings.append(
-                "calibrated on RANDOM inputs: the scales fit no real data, accuracy will suffer; "
-                "give real samples with --calibration DATA"
-            )
 
     def amax(
         self, graph: Graph, tensors: Sequence[str], *, method: str, percentile: float, samples: int
@@ -207,6 +204,11 @@ class SampledActivations:
 
         At most the first `samples` samples. Raises LlmcError where there is none.
         """
+        if self.random:
+            self._warn(
+                "calibrated on RANDOM inputs: the scales fit no real data, accuracy will suffer; "
+                "give real samples with --calibration DATA"
+            )
         inputs = {tensor.name for tensor in graph.inputs}
         computed = [tensor for tensor in tensors if tensor not in inputs]
         session = Session(graph, computed)

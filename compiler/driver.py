@@ -167,6 +167,7 @@ def plan(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     recipe.check_data()
     target = resolve(recipe.target.kind)
+    _check_targets(recipe, target)
     progress("loading the model")
     loaded = load(
         source,
@@ -265,6 +266,16 @@ def _run(
     if lock is not None:
         lock.write(locked)
     return report
+
+
+def _check_targets(recipe: Recipe, target: Target) -> None:
+    """Raises LlmcError for a pass whose result the target does not take."""
+    for step in recipe.passes:
+        if step.targets and target.kind not in step.targets:
+            raise LlmcError(
+                f"{step.key()} is for target {' or '.join(step.targets)}, and the recipe builds for {target.kind}: "
+                "leave the pass out, or set target.kind"
+            )
 
 
 # Samples

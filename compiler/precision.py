@@ -20,7 +20,7 @@ class Asked:
     """What the passes of a run asked of each layer, and why they left others alone."""
 
     dtypes: dict[str, str] = field(default_factory=dict)
-    """Node → the dtype that its arithmetic was asked to have."""
+    """Node → the dtype that its arithmetic was asked to have, or its weights ('int4 weights')."""
     kept: dict[str, str] = field(default_factory=dict)
     """Node → why a pass left it in its old precision."""
 
@@ -28,7 +28,7 @@ class Asked:
         """Add what one more pass asked."""
         for node, dtype in result.asked.items():
             before = self.dtypes.get(node)
-            if before not in WIDTHS or WIDTHS.index(dtype) < WIDTHS.index(before):
+            if before is None or _width(dtype) < _width(before):
                 self.dtypes[node] = dtype
         self.kept.update(result.kept)
 
@@ -55,6 +55,11 @@ def some(lines: Sequence[str]) -> str:
     """The first of many lines, indented, and how many more there are."""
     more = [f"and {len(lines) - LINES_SHOWN} more, in the report"] if len(lines) > LINES_SHOWN else []
     return "".join(f"\n  {line}" for line in [*lines[:LINES_SHOWN], *more])
+
+
+def _width(dtype: str) -> int:
+    """Place in `WIDTHS`, of the weights where only they are narrow ('int4 weights')."""
+    return WIDTHS.index(dtype.removesuffix(" weights"))
 
 
 def _products(engine_layers: Iterable[Mapping[str, object]]) -> dict[str, str]:

@@ -68,7 +68,8 @@ class PassResult:
     rewrites: list[Applied] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     asked: dict[str, str] = field(default_factory=dict)
-    """Node name → the dtype that this pass asks its arithmetic to have ('float16', 'int8')."""
+    """Node name → the dtype that this pass asks its arithmetic to have ('float16', 'int8'), or its weights alone
+    ('int4 weights')."""
     kept: dict[str, str] = field(default_factory=dict)
     """Node name → why the pass left the node in its old precision."""
     warnings: list[str] = field(default_factory=list)
@@ -162,6 +163,8 @@ class Pass(BaseModel, ABC):
     needs: ClassVar[tuple[Need, ...]] = ()
     repeatable: ClassVar[bool] = True
     """Whether the result follows from the graph, the parameters, the data and the code of llmc alone."""
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Kinds of target that take what it makes, where not all do; checked before anything runs."""
     safety: ClassVar[Safety]
 
     @abstractmethod

@@ -98,19 +98,23 @@ def test_the_python_of_the_readme(place: Path) -> None:
     run(f"{sys.executable} readme.py", place)
 
 
-@pytest.mark.parametrize("recipe", ["optimize", "fp16", "bf16", "int8", "fp8", "onnx-int8"])
+@pytest.mark.parametrize("recipe", ["optimize", "fp16", "bf16", "int8", "fp8", "int4", "onnx-int8"])
 def test_every_shipped_recipe_builds_an_engine(recipe: str, place: Path) -> None:
     """The two for MiniLM are in test_minilm.py."""
-    texts = "--calibration texts.txt" if "8" in recipe else "--verify-inputs texts.txt"
+    texts = "--calibration texts.txt" if recipe[-1] in "48" else "--verify-inputs texts.txt"
     run(f"llmc compile hf-dir --recipe {recipe} {texts} --target tensorrt-rtx -o build/shipped-{recipe}", place)
     assert (place / f"build/shipped-{recipe}/model.engine").stat().st_size > 0
 
 
-def test_the_shipped_recipe_for_onnx_runtime_builds(place: Path) -> None:
+def test_the_shipped_recipes_for_onnx_runtime_build(place: Path) -> None:
     run("llmc compile hf-dir --recipe onnxruntime-int8 --verify-inputs texts.txt -o build/shipped-cpu", place)
     assert (place / "build/shipped-cpu/model.onnx").stat().st_size > 0
+    run("llmc compile hf-dir --recipe onnxruntime-int4 --calibration texts.txt -o build/shipped-cpu-int4", place)
+    operators = {node.op_type for node in onnx.load(place / "build/shipped-cpu-int4/model.onnx").graph.node}
+    assert "MatMulNBits" in operators
 
 
 def test_no_shipped_recipe_is_left_out() -> None:
-    engines = {"optimize", "fp16", "bf16", "int8", "fp8", "onnx-int8", "minilm-fp16", "minilm-int8"}
-    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == engines | {"onnxruntime-int8"}
+    engines = {"optimize", "fp16", "bf16", "int8", "fp8", "int4", "onnx-int8", "minilm-fp16", "minilm-int8"}
+    others = {"onnxruntime-int8", "onnxruntime-int4"}
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == engines | others

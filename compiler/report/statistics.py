@@ -39,6 +39,7 @@ OPERANDS = {
     "ConvInteger": 1,
     "QLinearMatMul": 1,
     "QLinearConv": 1,
+    "com.microsoft::MatMulNBits": 1,
     "LayerNormalization": 1,
     "RMSNormalization": 1,
     "GroupNormalization": 1,
@@ -116,7 +117,9 @@ def layer_precision(graph: Graph, asked: Mapping[str, str], kept: Mapping[str, s
 
 
 def _found_precision(node: Node) -> str:
-    operands = [tensor for tensor in node.inputs[: OPERANDS[node.op]] if tensor.name]
+    if node.op == "MatMulNBits":
+        return f"int{node.attrs.get('bits', 4)} weights"
+    operands = [tensor for tensor in node.inputs[: OPERANDS[operator_name(node)]] if tensor.name]
     stored = [_dequantized_from(tensor) for tensor in operands]
     quantized = [tensor for tensor in stored if tensor is not None]
     dtypes = list(dict.fromkeys(dtype_name(onnx_dtype(tensor)) for tensor in quantized))

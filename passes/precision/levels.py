@@ -9,11 +9,10 @@ import numpy as np
 import onnx
 
 from llmc.passes.graph import Array, numpy_dtype
+from llmc.passes.precision.scales import rounded_up
 
 LEVELS = 127
 """Symmetric INT8 is -127 … 127."""
-FINE = 2.0**-17
-"""From here up, float16 is no coarser than 2**-7 of the value."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,8 @@ class Levels:
         return numpy_dtype(self.dtype)
 
     def scales(self, amax: Array, dtype: np.dtype[np.floating]) -> Array:
-        """`amax` / largest in `dtype`, above 0 always; 1 where `amax` is 0. Rounded up to float16, unless that is too
-        coarse.
-
-        Rounded before anything is quantized with it, it costs some resolution (2**-10, as a rule), and no value moves
-        when the graph goes to float16.
-        """
-        exact = np.maximum(np.where(amax > 0, amax, self.largest) / np.float64(self.largest), np.finfo(np.float32).tiny)
-        with np.errstate(over="ignore"):
-            half = exact.astype(np.float16)
-        half = np.where(half < exact, np.nextafter(half, np.float16(np.inf)), half)
-        if dtype == np.float16:
-            return half
-        return np.where((exact >= FINE) & np.isfinite(half), half, exact).astype(dtype)
+        """`amax` / largest in `dtype`, rounded up to what float16 holds too; 1 where `amax` is 0."""
+        return rounded_up(np.where(amax > 0, amax, self.largest) / np.float64(self.largest), dtype)
 
     def quantize(self, values: Array, scale: Array) -> Array:
         """The level nearest to values / scale; `scale` broadcasts. Ties round to even, as QuantizeLinear does."""

@@ -225,8 +225,11 @@ def test_only_the_samples_asked_for_are_used(parse):
     assert activations.warnings == ["calibration asked for 9 samples, the calibration data has 5: used them all"]
 
 
-def test_random_inputs_are_no_calibration():
-    (warning,) = SampledActivations([], random=True).warnings
+def test_random_inputs_are_no_calibration(parse):
+    activations = SampledActivations([{"x": np.ones((1, 4), np.float32)}], random=True)
+    assert activations.warnings == [], "nobody has used them"
+    activations.absolute_maximum(parse(TWO), ["x"])
+    (warning,) = activations.warnings
     assert "RANDOM" in warning
     assert "--calibration DATA" in warning
 

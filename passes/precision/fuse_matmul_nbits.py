@@ -1,0 +1,190 @@
+"""The pass `fuse-matmul-nbits`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal, cast
+
+import numpy as np
+import onnx
+from pydantic import Field
+
+from llmc.passes.base import Context, NearMiss, Pass, PassResult, Safety
+from llmc.passes.graph import (
+    Array,
+    Constant,
+    Derived,
+    Graph,
+    Node,
+    Tensor,
+    Variable,
+    dtype_name,
+    fresh_names,
+    load_values,
+    metadata,
+    module_of,
+    onnx_dtype,
+    outputs_of_scopes,
+    scopes,
+)
+from llmc.passes.placement import Placement
+from llmc.passes.precision.qdq import producer
+
+MICROSOFT = "com.microsoft"
+BITS: dict[int, tuple[int, int]] = {
+    onnx.TensorProto.INT4: (4, 8),
+    onnx.TensorProto.UINT4: (4, 0),
+    onnx.TensorProto.INT8: (8, 128),
+    onnx.TensorProto.UINT8: (8, 0),
+}
+"""Type of the levels → their bits, and what makes them unsigned, as MatMulNBits has them."""
+SMALLEST = 16
+"""Values of a block; ONNX Runtime takes powers of 2 from here on."""
+
+
+class FuseMatmulNbits(Pass):
+    """Fuses a product with weights dequantized in blocks to MatMulNBits, which ONNX Runtime has kernels for.
+
+    MatMul(A, DequantizeLinear(W, s, z, axis=0, block_size)), A [..., K] float32 or float16, W int4, uint4, int8 or
+    uint8 [K, N], s [K / block_size, N] → com.microsoft MatMulNBits(A, W' uint8 [N, K / block_size, bytes], s' [N, K /
+    block_size], z'). Gemm too, either way round, with its bias. W' holds the values of a block low bits first, with 8
+    (128 for 8 bits) added where W is signed.
+
+    **Safety:** tolerance. The same arithmetic in another order (float32: 1e-5 of the largest value). With
+    `accuracy_level` 4 ONNX Runtime may round A to int8 in blocks, 1e-2 of the largest value.
+
+    Source: ONNX Runtime, ContribOperators.md, MatMulNBits.
+    """
+
+    after: ClassVar[tuple[str, ...]] = ("quantize-weights",)
+    targets: ClassVar[tuple[str, ...]] = ("onnxruntime", "onnx")
+    safety: ClassVar[Safety] = "tolerance"
+
+    accuracy_level: Literal[0, 1, 2, 3, 4] = Field(
+        0, description="What ONNX Runtime may compute in: 1 float32, 2 float16, 3 bfloat16, 4 int8; 0 is its choice."
+    )
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        result = PassResult()
+        fresh, given_back = fresh_names(graph), outputs_of_scopes(graph)
+        for scope in scopes(graph):
+            placement = Placement(scope, given_back)
+            for node in list(scope.nodes):
+                dequantize = _dequantized_weight(node)
+                if dequantize is None:
+                    continue
+                problem = _problem(node, dequantize)
+                if problem is not None:
+                    result.near_misses.append(NearMiss("FuseMatmulNbits", node.name, problem, module_of(node)))
+                elif context.apply(result, "FuseMatmulNbits", node, f"'{dequantize.inputs[0].name}'"):
+                    placement.after(node, [self._fused(node, dequantize, fresh)])
+                    placement.remove(node)
+            placement.finish()
+        if result.rewrites:
+            graph.import_domains = [d for d in graph.import_domains or [] if d.domain != MICROSOFT]
+            graph.import_domains.append(onnx.helper.make_opsetid(MICROSOFT, 1))
+        return result
+
+    def _fused(self, node: Node, dequantize: Node, fresh: Callable[[str], str]) -> Node:
+        """MatMulNBits in the place of `node`, whose results it takes over."""
+        layout = _Layout(node, dequantize)
+        name = dequantize.inputs[0].name
+        scale = Constant(fresh(f"{name}_scales"), layout.scales())
+        inputs = [node.inputs[0], Constant(fresh(f"{name}_packed"), layout.packed()), scale]
+        zero, bias = layout.zero_points(), _bias(node)
+        if zero is not None:
+            inputs.append(Constant(fresh(f"{name}_zero_points"), zero))
+        if bias is not None:
+            empty = Variable.empty()
+            inputs += [*[empty] * (5 - len(inputs)), bias]
+        attributes = {"K": layout.depth, "N": layout.rows, "bits": layout.bits, "block_size": layout.block}
+        if self.accuracy_level:
+            attributes["accuracy_level"] = self.accuracy_level
+        made = Node("MatMulNBits", node.name, attributes, inputs, list(node.outputs), domain=MICROSOFT)
+        metadata(made).update(metadata(node))
+        return made
+
+
+def _dequantized_weight(node: Node) -> Node | None:
+    """The DequantizeLinear of constants in blocks that a product has as its second factor."""
+    if node.op not in ("MatMul", "Gemm") or node.domain:
+        return None
+    found = producer(node.inputs[1], "DequantizeLinear")
+    if found is None or not all(isinstance(tensor, Constant) for tensor in found.inputs):
+        return None
+    return found if found.attrs.get("block_size", 0) else None
+
+
+def _problem(node: Node, dequantize: Node) -> str | None:
+    """Why MatMulNBits cannot say this product."""
+    levels, block, axis = dequantize.inputs[0], dequantize.attrs["block_size"], dequantize.attrs.get("axis", 1)
+    transposed = node.op == "Gemm" and bool(node.attrs.get("transB", 0))
+    if len(levels.shape) != 2:
+        return f"its weight has {len(levels.shape)} axes"
+    if axis % 2 != int(transposed):
+        return "the blocks of its weight do not run along the axis that is summed"
+    if onnx_dtype(levels) not in BITS:
+        return f"its weight is {dtype_name(onnx_dtype(levels))}"
+    if block < SMALLEST or block & (block - 1):
+        return f"its blocks are of {block} values; ONNX Runtime takes powers of 2 from {SMALLEST}"
+    if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0:
+        return "it transposes or scales its first factor"
+    bias, channels = _bias(node), levels.shape[0 if transposed else 1]
+    if bias is not None and (node.attrs.get("beta", 1.0) != 1.0 or tuple(bias.shape or ()) != (channels,)):
+        return "its bias is not one number for each output channel"
+    return None
+
+
+def _bias(node: Node) -> Tensor | None:
+    given = node.inputs[2] if node.op == "Gemm" and len(node.inputs) > 2 else None
+    return None if given is None or given.is_empty() else given
+
+
+class _Layout:
+    """A weight dequantized in blocks, as MatMulNBits has it: a row for each output channel."""
+
+    def __init__(self, node: Node, dequantize: Node) -> None:
+        self.levels, self.scale, *rest = (cast(Constant, tensor).copy() for tensor in dequantize.inputs)
+        self.zero = rest[0] if rest else None
+        self.transposed = node.op == "Gemm" and bool(node.attrs.get("transB", 0))
+        self.block: int = dequantize.attrs["block_size"]
+        self.bits, self.offset = BITS[onnx_dtype(self.levels)]
+        depth, rows = self.levels.shape[::-1] if self.transposed else self.levels.shape
+        self.depth, self.rows = int(depth), int(rows)
+
+    def packed(self) -> Derived:
+        """uint8 [rows, blocks, bytes of a block]; computed whenever it is asked for."""
+        shape = (self.rows, -(-self.depth // self.block), self.block * self.bits // 8)
+        return Derived(onnx.TensorProto.UINT8, shape, lambda: self._packed().reshape(shape))
+
+    def _packed(self) -> Array:
+        rows = self._unsigned(self.levels)
+        short = -self.depth % self.block
+        if short:
+            rows = np.pad(rows, ((0, 0), (0, short)))
+        return _pack(rows) if self.bits == 4 else rows
+
+    def scales(self) -> Array:
+        """[rows, blocks]."""
+        return self._rows(load_values(self.scale))
+
+    def zero_points(self) -> Array | None:
+        """uint8 [rows, bytes of a row]; None where they are in the middle, which is what MatMulNBits takes then."""
+        if self.zero is None and self.offset:
+            return None
+        values = np.zeros(self.scales().shape, np.uint8) if self.zero is None else self._unsigned(self.zero)
+        if (values == 1 << (self.bits - 1)).all():
+            return None
+        return _pack(np.pad(values, ((0, 0), (0, values.shape[-1] % 2)))) if self.bits == 4 else values
+
+    def _unsigned(self, levels: Constant) -> Array:
+        return (self._rows(load_values(levels)).astype(np.int16) + self.offset).astype(np.uint8)
+
+    def _rows(self, values: Array) -> Array:
+        return np.ascontiguousarray(values if self.transposed else values.T)
+
+
+def _pack(values: Array) -> Array:
+    """uint8 [rows, n] below 16 → two a byte, the first in the low bits: [rows, n / 2]."""
+    packed: Array = values[:, 0::2] | (values[:, 1::2] << 4)
+    return packed
