@@ -19,7 +19,12 @@ from llmc.compiler.pipeline import PassCrash
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.session import Session
 from llmc.compiler.verification import verify
-from llmc.passes.base import Context, Ledger, Need, Pass, PassResult, discover
+from llmc.passes.base import Context, Ledger, Need, Pass, PassResult
+from llmc.passes.fuse.fuse_attention import FuseAttention
+from llmc.passes.fuse.fuse_batch_norm import FuseBatchNorm
+from llmc.passes.fuse.fuse_gelu import FuseGelu
+from llmc.passes.fuse.fuse_rms_norm import FuseRMSNorm
+from llmc.passes.fuse.merge_projections import MergeProjections
 from llmc.passes.graph import (
     Constant,
     Graph,
@@ -31,6 +36,9 @@ from llmc.passes.graph import (
     module_of,
     save_model,
 )
+from llmc.passes.precision.calibration import Clipping
+from llmc.passes.precision.convert_fp16 import ConvertFp16
+from llmc.passes.precision.quantize_int8 import QuantizeInt8
 
 # Models
 
@@ -45,7 +53,8 @@ def torch_model(name: str, size: str) -> Any:
         width, layers, heads = {"base": (768, 12, 12), "medium": (256, 6, 8), "small": (64, 2, 4)}[size]
         sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         sizes |= {"intermediate_size": 4 * width, "vocab_size": 512}
-        config = transformers.BertConfig(**sizes, initializer_range=1.5 * width**-0.5, attn_implementation="sdpa")
+        attention = "eager" if size == "small" else "sdpa"
+        config = transformers.BertConfig(**sizes, initializer_range=1.5 * width**-0.5, attn_implementation=attention)
         model = transformers.BertModel(config, add_pooling_layer=False)
     elif name == "llama":
         config = transformers.LlamaConfig(
@@ -66,8 +75,8 @@ def torch_model(name: str, size: str) -> Any:
     return model.eval()
 
 
-def export(model: Any, name: str, path: Path) -> None:
-    """By torch's newer exporter, with metadata; the ResNet by the older one, which leaves BatchNormalization."""
+def export(model: Any, name: str, size: str, path: Path) -> None:
+    """By torch's newer exporter, with metadata; small ones, and those with BatchNormalization, by the older one."""
     import torch
 
     inputs = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
@@ -85,8 +94,8 @@ def export(model: Any, name: str, path: Path) -> None:
     axes = {key: {0: "batch", **({1: "sequence"} if value.ndim == 2 else {})} for key, value in inputs.items()}
     options: dict[str, Any] = {"dynamo": True, "opset_version": 18, "dynamic_shapes": {"given": tuple(axes.values())}}
     options |= {"external_data": False}
-    if name == "resnet":
-        options = {"dynamo": False, "opset_version": 17, "dynamic_axes": {**axes, "output": {0: "batch"}}}
+    if name == "resnet" or size == "small":
+        options = {"dynamo": False, "opset_version": 17, "dynamic_axes": {**axes, "output": axes[next(iter(axes))]}}
         options |= {"training": torch.onnx.TrainingMode.PRESERVE}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own
@@ -106,7 +115,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
     def exported(name: str, size: str) -> Path:
         path = folder / f"{name}-{size}.onnx"
         if not path.exists():
-            export(torch_model(name, size), name, path)
+            export(torch_model(name, size), name, size, path)
         return path
 
     return exported
@@ -196,15 +205,15 @@ def bad_scale(graph: Graph, output: Tensor) -> bool:  # noqa: ARG001
     return True
 
 
-WRAPPED = {
-    "tanh-gelu": ("fuse-gelu", tanh_gelu),
-    "large-epsilon": ("fuse-rms-norm", large_epsilon),
-    "no-mask": ("fuse-attention", no_mask),
-    "transposed-weight": ("merge-projections", transposed_weight),
-    "transposed-filter": ("fuse-batch-norm", transposed_weight),
-    "shifted-padding": ("fuse-batch-norm", shifted_padding),
-    "no-bias": ("fuse-batch-norm", no_bias),
-    "bad-scale": ("quantize-int8", bad_scale),
+WRAPPED: dict[str, tuple[Pass, Callable[[Graph, Tensor], bool]]] = {
+    "tanh-gelu": (FuseGelu(), tanh_gelu),
+    "large-epsilon": (FuseRMSNorm(), large_epsilon),
+    "no-mask": (FuseAttention(), no_mask),
+    "transposed-weight": (MergeProjections(), transposed_weight),
+    "transposed-filter": (FuseBatchNorm(), transposed_weight),
+    "shifted-padding": (FuseBatchNorm(), shifted_padding),
+    "no-bias": (FuseBatchNorm(), no_bias),
+    "bad-scale": (QuantizeInt8(calibration=Clipping(method="minmax")), bad_scale),
 }
 """Fault → the pass that is wrong, and what its rewrite does to the graph beside its work, by what the rewrite makes."""
 
@@ -219,14 +228,14 @@ class Planted(Pass):
     """The number of the rewrite in its pass, from 1; 0: none."""
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        key, corrupt = WRAPPED[self.fault]
+        wrapped, corrupt = WRAPPED[self.fault]
         ledger, result = context.ledger, PassResult()
         end, start = ledger.stop_after, ledger.taken
         outputs: dict[str, str] = {}
         for stop in (self.site - 1, self.site, None):  # up to the fault, the fault, and what comes after it
             wanted = [n for n in (end, None if stop is None else start + max(stop, 0)) if n is not None]
             ledger.stop_after = min(wanted, default=None)
-            done = discover()[key]().run(graph, context)
+            done = wrapped.run(graph, context)
             result.rewrites += done.rewrites
             result.asked |= done.asked
             if stop == self.site and len(result.rewrites) == self.site > 0:
@@ -242,7 +251,7 @@ class Unmeasured(Pass):
     safety: ClassVar = "lossy"
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        return discover()["convert-fp16"]().run(graph, Context(context.ledger, None))
+        return ConvertFp16().run(graph, Context(context.ledger, None))
 
 
 @dataclasses.dataclass
@@ -270,7 +279,7 @@ def compile_plan(model: Path, passes: Callable[[Recipe], tuple[Pass, ...]]) -> P
 
 def replaced(fault: str, site: int) -> Callable[[Recipe], tuple[Pass, ...]]:
     """The recipe with the wrong pass in the place of the right one; behind the others where it changes precision."""
-    planted, key = Planted(fault=fault, site=site), WRAPPED[fault][0]
+    planted, key = Planted(fault=fault, site=site), WRAPPED[fault][0].key()
 
     def passes(recipe: Recipe) -> tuple[Pass, ...]:
         steps = tuple(planted if step.key() == key else step for step in recipe.passes)
