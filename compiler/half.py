@@ -3,7 +3,8 @@
 ONNX Runtime runs most float16 operators on the CPU in float32 and drops its own casts between them, so that values
 never get rounded, and an overflow never shows. Here every such operator is spelled out: its inputs are cast to
 float32, it computes, and its result is cast back. Casts that the graph itself has are kept by ONNX Runtime. bfloat16,
-for which its CPU has hardly any operator, becomes runnable by the same means.
+for which its CPU has hardly any operator, becomes runnable by the same means; its inputs and outputs, which the Python
+interface does not take, become float32, with a Cast inside.
 """
 
 from __future__ import annotations
@@ -45,7 +46,24 @@ def round_halves(graph: Graph) -> Graph:
             if halves:
                 nodes.extend(_narrow(node))
         scope.nodes = nodes
+    _widen_border(copy)
     return copy
+
+
+def _widen_border(graph: Graph) -> None:
+    """Let bfloat16 inputs and outputs be float32 under their names."""
+    before: list[Node] = []
+    after: list[Node] = []
+    for tensors, nodes in ((graph.inputs, before), (graph.outputs, after)):
+        for index, tensor in enumerate(tensors):
+            if onnx_dtype(tensor) != onnx.TensorProto.BFLOAT16:
+                continue
+            outside = Variable(tensor.name, numpy_dtype(onnx.TensorProto.FLOAT), tensor.shape)
+            tensor.name += "/narrow"
+            tensors[index] = outside
+            ends = [outside, tensor] if nodes is before else [tensor, outside]
+            nodes.append(Node("Cast", tensor.name, {"to": onnx_dtype(ends[1])}, ends[:1], ends[1:]))
+    graph.nodes = [*before, *graph.nodes, *after]
 
 
 def _narrow(node: Node) -> list[Node]:

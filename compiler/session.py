@@ -14,6 +14,8 @@ from llmc.passes.base import LlmcError
 from llmc.passes.cache.static_cache import StaticCache
 from llmc.passes.graph import FOUR_BIT, Array, Graph, Weights, numpy_dtype, onnx_dtype, raw_values, to_structure
 
+_FLOATS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+
 
 class Session:
     """One graph, ready to run on the CPU. Weights are shared with the graph, not copied.
@@ -53,20 +55,28 @@ class Session:
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
             raise LlmcError(f"ONNX Runtime cannot run this graph: {error}") from error
         self.inputs = [i.name for i in self._session.get_inputs()]
+        self._floats = {i.name: _FLOATS[i.type] for i in self._session.get_inputs() if i.type in _FLOATS}
         self.outputs = [o.name for o in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Output name → value. Inputs that the graph does not have (any more) are left out."""
+        """Output name → value. Inputs that the graph does not have (any more) are left out.
+
+        Floats are rounded to the type that the graph takes. What it gives as bfloat16 comes as float32.
+        """
         names = list(outputs) if outputs is not None else self.outputs
         cache = self._cache if self._cache is not None and self._cache.takes(feeds) else None
         fed = feeds if cache is None else cache.feeds(feeds, self._types)
-        given = {name: np.asarray(fed[name], order="C") for name in self.inputs if name in fed}
+        given = {name: self._given(name, fed[name]) for name in self.inputs if name in fed}
         try:
             values = self._session.run(names, given)
         except Exception as error:
             raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
         found = dict(zip(names, values, strict=True))
         return found if cache is None else cache.outputs(feeds, found)
+
+    def _given(self, name: str, value: Array) -> Array:
+        dtype = self._floats.get(name, value.dtype) if value.dtype.kind in "fV" else value.dtype
+        return np.asarray(value, dtype, order="C")
 
 
 def _ort_values(weights: Mapping[str, Array | Weights]) -> dict[str, Any]:

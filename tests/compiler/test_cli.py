@@ -132,6 +132,21 @@ def test_the_passes_can_be_watched(model: Path, recipe: Path, tmp_path: Path) ->
     assert list(seconds) == [f"{timings['steps']['build']:.3f}"]
 
 
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_inputs_and_outputs_of_16_bits_are_verified_with_the_rest(half: str, model: Path, tmp_path: Path) -> None:
+    key = {"float16": "convert-fp16", "bfloat16": "convert-bf16"}[half]
+    recipe = write(
+        tmp_path / "half.yaml", f"passes: [{{{key}: {{inputs_outputs: convert}}}}]\ntarget: {{kind: onnx}}\n"
+    )
+    done = llmc("compile", model, "--recipe", recipe, "-o", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [t["dtype"] for t in (*report["graph"]["inputs"], *report["graph"]["outputs"])] == [half, half]
+    (numerics,) = report["passes"][1]["numerics"]
+    # values of order 1, rounded once at each of eight steps: 2^-8 for the wider steps of bfloat16
+    assert 0 < numerics["relative_l2"] < 8 * 2.0**-8
+
+
 def test_settings_change_the_recipe(model: Path, recipe: Path, tmp_path: Path) -> None:
     words = ("--set", "passes.fold-constants.growth_limit=5", "--set", "model.dimensions.N=[2,2,2]")
     assert llmc("compile", model, "--recipe", recipe, "-o", tmp_path / "out", *words).returncode == 0

@@ -139,6 +139,9 @@ def test_what_stands_for_minus_infinity_stays_finite(parse: Any, convert: Any) -
 
 def test_inputs_and_outputs_convert_where_asked(parse: Any, random_feeds: Any, convert: Any) -> None:
     graph = parse(f"{IN} {{ y = Relu(x) }}")
-    convert(graph, random_feeds(graph), kind=ConvertBf16, inputs_outputs="convert")
+    feeds = random_feeds(graph)
+    convert(graph, feeds, kind=ConvertBf16, inputs_outputs="convert")
+    expected = np.maximum(feeds["x"], 0).astype(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(Session(graph).run(feeds)["y"], expected)
     assert [onnx_dtype(tensor) for tensor in (*graph.inputs, *graph.outputs)] == [onnx.TensorProto.BFLOAT16] * 2
     assert not [node for node in graph.nodes if node.op == "Cast"]
