@@ -61,6 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ("input_ids", "attention_mask", "token_type_ids")
     np.savez(folder / "samples/0.npz", **{name: np.ones((2, 8), np.int64) for name in names})
     (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "llama-dir").symlink_to(ROOT / "tests/assets/tiny_llama")
     return folder
 
 
