@@ -11,7 +11,18 @@ import onnx
 from onnx import TensorProto
 
 from llmc.compiler.targets.tensorrt_import import PRODUCT, Kind
-from llmc.passes.graph import Constant, Graph, Node, Tensor, copy_graph, dtype_name, infer_shapes, onnx_dtype, scopes
+from llmc.passes.graph import (
+    Constant,
+    Graph,
+    Node,
+    Tensor,
+    copy_graph,
+    dtype_name,
+    infer_shapes,
+    onnx_dtype,
+    scopes,
+    shape_of,
+)
 
 OPSETS = range(9, 26)
 """Opsets that the parser knows; it takes the header of any other and reads its operators as it pleases."""
@@ -61,6 +72,7 @@ def check_graph(graph: Graph, kind: Kind, capabilities: Sequence[int], unsupport
         lambda node: _operator(node, missing),
         _attention,
         _zero_point,
+        _blocks,
         _types,
         lambda node: _hardware(node, capabilities),
     )
@@ -169,6 +181,20 @@ def _zero_point(node: Node) -> Iterator[str]:
         yield "TensorRT takes zero points of 0 only: quantize symmetrically"
     elif zero is not None and not isinstance(zero, Constant):
         yield "the zero point is computed at run time; TensorRT takes a constant 0 only"
+
+
+def _blocks(node: Node) -> Iterator[str]:
+    """TensorRT takes the size of blocks from the number of scales, and does not look at `block_size`."""
+    size = node.attrs.get("block_size", 0)
+    if not size or node.op not in ("QuantizeLinear", "DequantizeLinear") or not _is_standard(node):
+        return
+    values, scales = (shape_of(tensor) for tensor in node.inputs[:2])
+    if not values or not scales or len(values) != len(scales):
+        return
+    axis = node.attrs.get("axis", 1)
+    depth, count = values[axis], scales[axis]
+    if isinstance(depth, int) and isinstance(count, int) and depth != count * size:
+        yield f"blocks of {size} do not divide an axis of {depth}, and TensorRT would take others: choose another size"
 
 
 def _types(node: Node) -> Iterator[str]:

@@ -126,6 +126,17 @@ BAD: dict[str, tuple[Callable[[Make], Graph], str]] = {
         "node 'q' (QuantizeLinear): no zero point means uint8 in ONNX, and TensorRT would build it as int8: "
         "add an int8 zero point of 0",
     ),
+    "a last block that is not whole": (
+        lambda make: make(
+            "(float[100,8] x) => (float[100,8] y)"
+            "{ [d] w = DequantizeLinear <axis = 0, block_size = 32> (l, s) y = Add(x, w) }",
+            21,
+            l=np.ones((100, 8), ml_dtypes.int4),
+            s=np.ones((4, 8), np.float32),
+        ),
+        "node 'd' (DequantizeLinear): blocks of 32 do not divide an axis of 100, and TensorRT would take others: "
+        "choose another size",
+    ),
     "zero point of 5": (
         lambda make: quantized(make, "[q] q = QuantizeLinear(x, s, z8) y = Cast<to=1>(q)", z8=np.int8(5)),
         "node 'q' (QuantizeLinear): TensorRT takes zero points of 0 only: quantize symmetrically",
