@@ -34,6 +34,7 @@ from llmc.compiler.report import (
     RewriteLine,
     SourceReport,
     TargetReport,
+    TaskReport,
     Timings,
     TradeOffLine,
     Verification,
@@ -47,6 +48,7 @@ from llmc.compiler.targets.input_shapes import dynamic_dimensions
 from llmc.compiler.verification import Verifier
 from llmc.compiler.verification.custom import load_custom
 from llmc.compiler.verification.judge import REGIONS_SHOWN, Judge, Verdict
+from llmc.compiler.verification.tasks import Task
 from llmc.passes.base import Ledger, Pass
 from llmc.passes.graph import Array, Graph, save_model
 
@@ -105,6 +107,7 @@ class Run:
     steps: list[PassReport] = field(default_factory=list)
     asked: Asked = field(default_factory=Asked)
     verification_seconds: dict[str, float] = field(default_factory=dict)
+    task: TaskReport | None = None
 
     def given(self, key: str = "") -> Given:
         """What evidence needs of the compile; `key` is that of a pass whose calibration data it needs."""
@@ -246,6 +249,7 @@ def _run(
         last = _run_passes(run, loaded)
     except pipeline.PassCrash as crash:
         raise _crashed(run, crash) from crash
+    run.task = _task(run, last)
     with artifact(output, force=force) as folder:
         model = folder / "model.onnx"
         graph = last.graph
@@ -292,11 +296,15 @@ def _samples(made: Plan, path: Path | None, count: int, sizes: Sequence[Mapping[
         section = made.recipe.verify
         vocabulary, ranges = made.loaded.vocabulary, section.ranges
         return data.generate(graph, sizes, vocabulary=vocabulary, seed=section.seed, count=count, ranges=ranges)
-    longest = max((p["sequence"].max for p in made.profiles if "sequence" in p), default=None)
-    limits = [limit for limit in (longest, made.loaded.limits.get("sequence")) if limit is not None]
-    found = data.from_path(path, graph, made.tokenizer, min(limits, default=None)).first(count)
+    found = data.from_path(path, graph, made.tokenizer, _longest(made)).first(count)
     check_sizes(graph, found, made.profiles, str(path))
     return found
+
+
+def _longest(made: Plan) -> int | None:
+    """Tokens that a text may have; None where nothing limits them."""
+    longest = max((p["sequence"].max for p in made.profiles if "sequence" in p), default=None)
+    return min((limit for limit in (longest, made.loaded.limits.get("sequence")) if limit is not None), default=None)
 
 
 def _calibration(made: Plan, step: Pass) -> Samples:
@@ -394,6 +402,30 @@ def _rolled_back(run: Run, step: pipeline.Step, verdict: Verdict, step_pass: Pas
     attempt = without_guilty(step, verdict, rerun, judge, run.progress)
     _tell(run, attempt.step)
     return attempt
+
+
+def _task(run: Run, last: pipeline.Step) -> TaskReport | None:
+    """The measure of the task, of the source model and of the graph. Raises BudgetError where too much was lost."""
+    made, section = run.plan, run.plan.recipe.verify.task
+    if section is None:
+        return None
+    run.progress(f"measuring {section.metric}")
+    with run.timed("verify"):
+        task = Task(section, run.loaded.graph, made.tokenizer, _longest(made))
+        source = task.measure(made.loaded.reference or Session(run.loaded.graph).run)
+        compiled = task.measure(Session(last.graph).run)
+    drop = task.drop(source, compiled)
+    if section.max_drop is not None and not drop <= section.max_drop:
+        problem = (
+            f"{section.metric} went from {source:.4g} to {compiled:.4g}: it loses {drop:.3g}, {section.max_drop:g} may"
+        )
+        if made.recipe.verify.on_failure != "warn":
+            raise BudgetError(f"{problem}.\n`llmc bisect` finds the pass; verify.on_failure: warn goes on")
+        made.warnings.append(problem)
+    return TaskReport(
+        metric=section.metric, data=section.data.name, samples=len(task.rows), source=source, compiled=compiled,
+        drop=drop, max_drop=section.max_drop,
+    )  # fmt: skip
 
 
 def _over_budget(run: Run, line: PassReport, step: pipeline.Step, verdict: Verdict) -> None:
@@ -507,6 +539,7 @@ def _report(run: Run, graph: Graph, target: TargetReport | None) -> Report:
             inputs=made.verification.name,
             samples=len(made.verification),
             budgets=made.recipe.verify.limits(),
+            task=run.task,
         ),
         target=target,
         warnings=[*loaded.notes, *made.warnings, *fallbacks(precision)],

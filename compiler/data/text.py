@@ -21,7 +21,7 @@ def from_text(path: Path, graph: Graph, tokenizer: Path | None, limit_sequence: 
     if tokenizer is None:
         raise LlmcError(f"{path} is text, and the model brings no tokenizer: give --tokenizer DIR")
     file = tokenizer if tokenizer.is_file() else tokenizer / "tokenizer.json"
-    encode = _Encoder(path, file, graph, limit_sequence)
+    encode = Encoder(path, file, graph, limit_sequence)
     digest = digest_files({path.name: path, file.name: file})
     if limit_sequence is not None:
         digest = hashlib.sha256(f"{digest} cut at {limit_sequence}".encode()).hexdigest()
@@ -42,7 +42,7 @@ def _read_lines(path: Path) -> list[tuple[int, str]]:
     return lines
 
 
-class _Encoder:
+class Encoder:
     """One line of text → the graph's inputs, batch 1, as long as the text is (or as long as the graph insists on)."""
 
     def __init__(self, path: Path, file: Path, graph: Graph, limit: int | None) -> None:
@@ -60,8 +60,9 @@ class _Encoder:
         else:
             _limit_length(self.tokenizer, limit)
 
-    def __call__(self, number: int, line: str) -> Feeds:
-        encoding = self.tokenizer.encode(line)
+    def __call__(self, number: int, line: str, pair: str | None = None) -> Feeds:
+        """The inputs for one text, or for two that the model takes together; `number` is its line's in the file."""
+        encoding = self.tokenizer.encode(line, pair)
         ids = encoding.ids
         if not ids:
             raise LlmcError(f"{self.path}, line {number}: the tokenizer {self.file} makes no tokens of it")

@@ -195,6 +195,24 @@ class CustomMetric(Section):
     at_most: float | None = Field(None, description="Largest value.")
 
 
+class TaskSection(Section):
+    """How well the model does what it is for, on labelled data: before and after."""
+
+    metric: Literal["accuracy", "f1", "spearman", "pearson", "perplexity"] = Field(
+        description="accuracy, f1: of classes; spearman, pearson: of scores of sentence pairs; perplexity: of text."
+    )
+    data: Path = Field(
+        description="JSONL, or TSV with a header: text, text_pair (for pairs), label. For perplexity text will do."
+    )
+    output: str | None = Field(None, description="The output that is judged; null: the first.")
+    samples: int = Field(1000, ge=1, description="Largest number of lines that are used.")
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        description="Largest loss: in the metric's own unit, of perplexity the relative rise; null: no limit.",
+    )
+
+
 class VerifySection(Section):
     """How each step is compared with the loaded model."""
 
@@ -219,6 +237,7 @@ class VerifySection(Section):
     pass_budgets: dict[str, Budgets] = Field(
         {}, description="Pass → budgets that stand in for the general ones after this pass."
     )
+    task: TaskSection | None = Field(None, description="A measure of the task itself, on labelled data.")
     on_failure: Literal["fail", "warn", "rollback"] = Field(
         "fail",
         description="What a broken budget does: 'fail' stops the compile; 'warn' goes on; 'rollback' leaves out the "

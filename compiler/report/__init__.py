@@ -164,11 +164,24 @@ class LayerPrecision(Part):
     reason: str = Field(default="", description="Why they differ, where a pass said so.")
 
 
+class TaskReport(Part):
+    """How well the model does what it is for."""
+
+    metric: str
+    data: str = Field(description="Name of the file of labelled data.")
+    samples: int
+    source: Measured = Field(description="Of the source model.")
+    compiled: Measured = Field(description="Of the graph that the target was given.")
+    drop: Measured = Field(description="How much was lost: in the metric's unit, of perplexity the relative rise.")
+    max_drop: float | None = None
+
+
 class Verification(Part):
     reference: str = Field(description="What outputs are compared with: 'torch', or 'the loaded graph'.")
     inputs: str = Field(description="Where the samples came from.")
     samples: int
     budgets: dict[str, float] = Field(default_factory=dict)
+    task: TaskReport | None = None
 
 
 class TargetReport(Part):

@@ -398,6 +398,8 @@ def _provenance(report: Report) -> Markup:
         budgets = ", ".join(f"{metric} {limit:g}" for metric, limit in verification.budgets.items())
         about.append(("verified on", f"{text.plural(verification.samples, 'sample')}: {verification.inputs}"))
         about.append(("budgets", budgets or "none"))
+        if verification.task:
+            about.append(("task", text.task(verification.task)))
     times = [(step, text.seconds(value)) for step, value in report.timings.steps.items()]
     return section(
         "Where it came from",

@@ -171,4 +171,6 @@ def _provenance(report: Report) -> str:
         verification = report.verification
         samples = f"{text.plural(verification.samples, 'sample')}: {verification.inputs}"
         rows.append(("verified against", escape(f"{verification.reference}, on {samples}")))
+        if verification.task:
+            rows.append(("task", escape(text.task(verification.task))))
     return _fold("Where it came from", _table(("What", "Value"), rows))

@@ -246,6 +246,7 @@ def _verification(report: Report) -> list[tuple[str, Text]]:
         ("against", _plain(verification.reference)),
         ("on", _plain(f"{text.plural(verification.samples, 'sample')}: {verification.inputs}")),
         ("budgets", _plain(budgets or "none")),
+        *([("task", _plain(text.task(verification.task)))] if verification.task else []),
     ]
 
 
