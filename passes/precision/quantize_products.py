@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from llmc.passes.base import Context, LlmcError, Need, PassResult, Skip
-from llmc.passes.graph import Graph, Node, copy_graph, fresh_names, infer_shapes, outputs_of_scopes, scopes
+from llmc.passes.graph import Array, Graph, Node, copy_graph, fresh_names, infer_shapes, outputs_of_scopes, scopes
 from llmc.passes.opset import raise_opset
 from llmc.passes.precision.bias import add_bias, bias_is_known
 from llmc.passes.precision.calibration import Clipping
@@ -55,23 +55,26 @@ class QuantizeProducts(SelectivePass):
         if not products and not result.kept:
             raise Skip(f"the graph has no {', '.join(sorted(PRODUCTS))}")
         amax = self._calibrate(graph, products, context)
-        chosen = []
+        loud = []
         for index, product in enumerate(products):
             silent = next((name for name in product.names if amax[name] == 0), None)
-            if silent is not None:
+            if silent is None:
+                loud.append(index)
+            else:
                 result.kept[product.node.name] = f"its input '{silent}' is 0 throughout the calibration data"
-            elif context.apply(result, type(self).__name__, product.node, product.describe(amax)):
-                chosen.append(index)
+        measured = self._measure(graph, loud, amax, context)
+        inserter, biases = Inserter(graph, self.levels), []
+        for index in loud:
+            product, loss = products[index], measured.get(index)
+            detail = product.describe(amax) + (f"; moves its result by {loss.relative:.2%}" if loss else "")
+            if context.apply(result, type(self).__name__, product.node, detail):
+                inserter.quantize(product, amax)
                 result.asked[product.node.name] = self.levels.numpy.name
-        nothing = all(product.node.name in result.kept for product in products)
-        measured = self._measure(graph, chosen, amax, context)
-        products = [products[index] for index in chosen]
-        inserter = Inserter(graph, self.levels)
-        for product in products:
-            inserter.quantize(product, amax)
+                if loss is not None and loss.bias is not None and bias_is_known(product.node):
+                    biases.append((product.node, loss.bias.astype(product.dtype)))
         inserter.finish()
-        self._correct(graph, products, measured)
-        if nothing:
+        _correct(graph, biases)
+        if not loud:
             result.warnings.append("nothing was quantized; the report says why for each node")
         return result
 
@@ -93,24 +96,20 @@ class QuantizeProducts(SelectivePass):
                     result.kept[node.name] = "inside a subgraph: its tensors cannot be calibrated"
         return products, result
 
-    def _measure(self, graph: Graph, chosen: list[int], amax: Mapping[str, float], context: Context) -> list[Loss]:
+    def _measure(self, graph: Graph, chosen: list[int], amax: Mapping[str, float], context: Context) -> dict[int, Loss]:
         """What each chosen product, by its place in the survey, loses by it while all before it is float."""
         if not chosen or not self.correct_bias or context.activations is None:
-            return []
+            return {}
         twin = copy_graph(graph)
         found, _ = self._survey(twin)
         same = [found[index] for index in chosen]
-        return losses(twin, same, self.levels, amax, context.activations, self.calibration.samples)
-
-    def _correct(self, graph: Graph, products: list[Product], measured: list[Loss]) -> None:
-        outputs, fresh = outputs_of_scopes(graph), fresh_names(graph)
-        for product, loss in zip(products, measured, strict=False):
-            if loss.bias is not None and bias_is_known(product.node):
-                add_bias(graph, product.node, loss.bias.astype(product.dtype), outputs, fresh)
+        measured = losses(twin, same, self.levels, amax, context.activations, self.calibration.samples)
+        return dict(zip(chosen, measured, strict=True))
 
     def _refusal(self, node: Node) -> str | None:
         if node.op in OTHERS:
-            return f"this pass does not quantize {node.op}"
+            hint = "; decompose-attention makes products of it" if node.op == "Attention" else ""
+            return f"this pass does not quantize {node.op}{hint}"
         if node.op not in self.operators:
             return f"{node.op} is not among the operators to quantize"
         return None
@@ -127,3 +126,10 @@ class QuantizeProducts(SelectivePass):
             percentile=self.calibration.percentile,
             samples=self.calibration.samples,
         )
+
+
+def _correct(graph: Graph, biases: Iterable[tuple[Node, Array]]) -> None:
+    """Add to what products give what they lack on average."""
+    outputs, fresh = outputs_of_scopes(graph), fresh_names(graph)
+    for node, bias in biases:
+        add_bias(graph, node, bias, outputs, fresh)
