@@ -1,9 +1,9 @@
-"""llmc against its peers, in one run on one machine: nodes left, seconds from file to file, memory; then its flatness.
+"""llmc against its peers, in one run on one machine: nodes left, time from file to file, memory; then its flatness.
 
     python tests/bench [--rounds 3] [--out build/bench.json]
 
-Every optimizer runs in a process of its own, the best of some rounds counts. What is compared are ratios of one run:
-seconds depend on the machine.
+Every optimizer runs in a process of its own, on one CPU; its CPU seconds in the best of some rounds count. What is
+compared are ratios of one run: seconds depend on the machine.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def _times(export: str, rows: list[dict[str, Any]]) -> Table:
     work = {row["peer"]: row["work_s"] for row in rows if "failed" not in row}
     fastest_whole, fastest_work = (min(seconds[p] for p in PYTHON_PEERS if p in seconds) for seconds in (whole, work))
     table = Table(
-        title=f"BERT-base, {export}: from file to file (1.00 x: the fastest Python peer)", title_justify="left"
+        title=f"BERT-base, {export}: CPU time from file to file (1.00 x: the fastest Python peer)", title_justify="left"
     )
     for column in ("optimizer", "with imports s", "ratio", "without s", "ratio", "peak MB", "nodes"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
