@@ -121,6 +121,7 @@ def run_pass(
 def _run(step: Step, step_pass: Pass, context: Context, memory: Memory) -> None:
     ledger, since = context.ledger, step.start.since_inference
     graph = step.start.take()
+    inferences = graph.inferences
     ledger.inferred = None if since is None else (graph, ledger.taken - since)
     try:
         with collector_paused():
@@ -131,14 +132,17 @@ def _run(step: Step, step_pass: Pass, context: Context, memory: Memory) -> None:
         raise
     except Exception as error:
         raise PassCrash(step, error) from error
-    structure = to_structure(graph)
-    if step.result.rewrites:
-        try:
-            _check(structure, step.key)
-        except PassError as error:
-            raise PassCrash(step, error) from error
-    if not step.start.still(graph, structure):
-        step.end = memory.state(structure)
+    if step.result.rewrites or graph.inferences != inferences:
+        structure = to_structure(graph)
+        if step.result.rewrites:
+            try:
+                _check(structure, step.key)
+            except PassError as error:
+                raise PassCrash(step, error) from error
+        if not step.start.still(graph, structure):
+            step.end = memory.state(structure)
+    else:
+        step.start.put_back(graph)
     step.end.since_inference = None if ledger.inferred is None else ledger.taken - ledger.inferred[1]
 
 

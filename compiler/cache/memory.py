@@ -132,8 +132,12 @@ class State:
         )
         if not same or _bytes(before.model) != _bytes(structure.model):
             return False
-        self._graph = graph
+        self.put_back(graph)
         return True
+
+    def put_back(self, graph: Graph) -> None:
+        """Have again what was taken, and is as it was."""
+        self._graph = graph
 
 
 class Memory:

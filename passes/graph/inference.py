@@ -19,6 +19,7 @@ def infer_shapes(graph: Graph) -> None:
 
     Weights are not read. A shape known before and lost by the inference is kept.
     """
+    graph.inferences += 1
     _write_shapes(graph, onnx.shape_inference.infer_shapes(to_structure(graph).model, data_prop=True).graph)
 
 
@@ -40,6 +41,7 @@ def infer_missing_shapes(graph: Graph) -> None:
         part = Graph(found[::-1], list(outside.values()), opset=graph.opset, import_domains=graph.import_domains)
         part.ir_version = graph.ir_version
         infer_shapes(part)
+        graph.inferences += 1
 
 
 def _made(node: Node) -> Iterator[Tensor]:

@@ -213,6 +213,8 @@ class Graph:
         self.opset, self.import_domains, self.ir_version = opset, import_domains, ir_version
         self.producer_name, self.producer_version = producer_name, producer_version
         self.metadata: dict[str, str] = {}
+        self.inferences = 0
+        """How often shapes were inferred: what changes a graph where no rewrite does."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Name → tensor, of this graph without its subgraphs."""
