@@ -126,7 +126,6 @@ class _Run:
         """Weights that may have no reader any more: they are held on to, as another would get their id."""
         self.before: dict[int, list[Node]] = {}
         """id of a node → nodes that must stand before it."""
-        self.ended = False
 
     def result(self) -> PassResult:
         groups = self._survey()
@@ -139,7 +138,7 @@ class _Run:
             for group in groups:
                 self._round(group, None)
         self._place()
-        if not self.done.rewrites and not self.ended:
+        if not groups:
             self.done.warnings.append("no weight was quantized; the report says why for each node")
         return self.done
 
@@ -195,14 +194,11 @@ class _Run:
         if self.step.method == "awq" and moments is not None:
             moments = self._scale_channels(group, moments)
         for site in group.sites:
-            if self.ended:
-                return
             key = (id(site.weight), site.depth_axis)
             rounded = None if key in self.made else self._rounded(site, group.levels, moments)
             detail = f"'{site.weight.name}' as before" if rounded is None else rounded[1]
             if not self.context.apply(self.done, "QuantizeWeights", site.node, detail):
-                self.ended = True
-                return
+                continue
             if rounded is not None:
                 self.made[key] = self._dequantize(site, rounded[0], self.homes.get(key, site.node))
             self._read(site, self.made[key])
@@ -227,7 +223,7 @@ class _Run:
 
     def _scale_channels(self, group: _Group, moments: Moments) -> Moments:
         """Weights times, activations divided by the same numbers, where that can be done; the moments after it."""
-        if self.ended or group.source.axis != -1:
+        if group.source.axis != -1:
             return moments
         matrices = [site.matrix() for site in group.sites]
         scales = awq.channel_scales(matrices, group.levels, moments)
@@ -241,7 +237,6 @@ class _Run:
             return moments
         detail = f"channels of '{group.source.tensor}' divided by {scales.min():.3g} to {scales.max():.3g}"
         if not self.context.apply(self.done, "ScaleChannels", first.node, detail):
-            self.ended = True
             return moments
         if isinstance(divisions, Refusal):
             self._insert_mul(group, scales)

@@ -428,6 +428,19 @@ def test_a_run_ends_after_the_rewrite_that_it_is_told(parse):
     assert result.warnings == []
 
 
+@pytest.mark.parametrize("rule", ["ScaleChannels", "QuantizeWeights"])
+def test_one_rewrite_can_be_left_out_and_the_others_are_done(rule, parse):
+    graph = gated(parse)
+    ledger = Ledger(refused=[(rule, "a")])
+    context = Context(ledger, SampledActivations(samples()))
+    result = QuantizeWeights(method="awq", block=16).run(graph, context)
+    done = [(rewrite.rule, rewrite.node) for rewrite in result.rewrites]
+    assert (rule, "a") not in done
+    assert {("QuantizeWeights", "b"), ("QuantizeWeights", "y")} <= set(done)
+    assert ("a" in result.asked) == (rule == "ScaleChannels")
+    assert error(graph, gated(parse)) < 0.2  # as far off as INT4 is: a scale without its other half would show as 1
+
+
 def test_new_nodes_belong_to_the_module_that_they_serve(parse):
     graph = gated(parse)
     run(graph, method="rtn")
