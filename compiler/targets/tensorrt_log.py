@@ -35,6 +35,7 @@ _TYPES = {
     "bf16": TensorProto.BFLOAT16,
     "fp8": TensorProto.FLOAT8E4M3FN,
     "fp4": TensorProto.FLOAT4E2M1,
+    "fp4e2m1": TensorProto.FLOAT4E2M1,
     "int8": TensorProto.INT8,
     "uint8": TensorProto.UINT8,
     "int4": TensorProto.INT4,

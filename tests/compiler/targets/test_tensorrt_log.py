@@ -159,7 +159,14 @@ def test_layers_that_cannot_all_be_read_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "name"), [("Half", "float16"), ("HALF", "float16"), ("FP8", "float8_e4m3fn"), ("E8M0", "E8M0")]
+    ("said", "name"),
+    [
+        ("Half", "float16"),
+        ("HALF", "float16"),
+        ("FP8", "float8_e4m3fn"),
+        ("FP4E2M1", "float4_e2m1fn"),
+        ("E8M0", "E8M0"),
+    ],
 )
 def test_types_are_named_as_in_reports(said: str, name: str) -> None:
     assert type_name(said) == name
