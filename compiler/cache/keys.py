@@ -45,17 +45,16 @@ def code_digest(module: str) -> str:
         for known, path in _sources(name):
             if known not in found:
                 found[known] = path
-                todo += _MENTION.findall(_read(path).decode())
-    sha = hashlib.sha256(sys.version.encode())
-    for name in sorted(found):
-        sha.update(f"{name} {len(_read(found[name]))}\n".encode())
-        sha.update(_read(found[name]))
-    return sha.hexdigest()
+                todo += _read(path)[1]
+    lines = [sys.version, *(f"{name} {_read(found[name])[0]}" for name in sorted(found))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @cache
-def _read(path: Path) -> bytes:
-    return path.read_bytes()
+def _read(path: Path) -> tuple[str, frozenset[str]]:
+    """The digest of a source, and the modules of llmc that it names."""
+    text = path.read_bytes()
+    return hashlib.sha256(text).hexdigest(), frozenset(_MENTION.findall(text.decode()))
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -68,8 +69,13 @@ class PassMemory:
 
 def _result(value: Mapping[str, Any], taken: int) -> PassResult:
     """As it was, numbered on from `taken`."""
-    result = TypeAdapter(PassResult).validate_python(value)
+    result = _results().validate_python(value)
     return replace(result, rewrites=_renumbered(result.rewrites, taken))
+
+
+@cache
+def _results() -> TypeAdapter[PassResult]:
+    return TypeAdapter(PassResult)
 
 
 def _renumbered(rewrites: list[Applied], by: int) -> list[Applied]:
