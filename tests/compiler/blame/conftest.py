@@ -81,7 +81,7 @@ def export(model: Any, name: str, size: str, path: Path) -> None:
 
     inputs = {"input_ids": torch.ones(2, 8, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
     if name == "resnet":
-        inputs = {"pixel_values": torch.ones(2, 3, 32, 32)}
+        inputs = {"pixel_values": torch.ones(2, 3, 64, 64)}  # 2 x 2 in the last stage, where a filter still has sides
 
     class Named(torch.nn.Module):
         def __init__(self) -> None:
@@ -218,6 +218,11 @@ WRAPPED: dict[str, tuple[Pass, Callable[[Graph, Tensor], bool]]] = {
 """Fault → the pass that is wrong, and what its rewrite does to the graph beside its work, by what the rewrite makes."""
 
 
+def results(node: Node) -> list[str]:
+    """What a node makes, and what is made of that: of what a rewrite replaces, one of them keeps its name."""
+    return [node.outputs[0].name, *(user.outputs[0].name for user in node.outputs[0].outputs)]
+
+
 class Planted(Pass):
     """A real pass that goes wrong at one of its rewrites."""
 
@@ -231,7 +236,7 @@ class Planted(Pass):
         wrapped, corrupt = WRAPPED[self.fault]
         ledger, result = context.ledger, PassResult()
         end, start = ledger.stop_after, ledger.taken
-        outputs: dict[str, str] = {}
+        made: dict[str, list[str]] = {}
         for stop in (self.site - 1, self.site, None):  # up to the fault, the fault, and what comes after it
             wanted = [n for n in (end, None if stop is None else start + max(stop, 0)) if n is not None]
             ledger.stop_after = min(wanted, default=None)
@@ -239,8 +244,10 @@ class Planted(Pass):
             result.rewrites += done.rewrites
             result.asked |= done.asked
             if stop == self.site and len(result.rewrites) == self.site > 0:
-                assert corrupt(graph, graph.tensors()[outputs[done.rewrites[0].node]])
-            outputs = {node.name: node.outputs[0].name for node in graph.nodes}
+                tensors = graph.tensors()
+                output = next(name for name in made[done.rewrites[0].node] if name in tensors)
+                assert corrupt(graph, tensors[output])
+            made = {node.name: results(node) for node in graph.nodes}
         ledger.stop_after = end
         return result
 
