@@ -59,7 +59,8 @@ def test_compile_leaves_a_complete_artifact(model: Path, recipe: Path, tmp_path:
     report = json.loads((out / "report.json").read_text())
     assert report["graph"]["nodes"] == {"Gelu": 1, "MatMul": 1}
     assert [p["key"] for p in report["passes"]] == ["load", "fold-constants", "fuse-gelu", "eliminate-dead"]
-    (numerics,) = report["passes"][2]["numerics"]
+    (region,) = report["passes"][2]["regions"]
+    (numerics,) = region["outputs"]
     assert 0 < numerics["max_abs"] < 1e-6  # it was measured, and is what rounding gives on values of order 1
     manifest = json.loads((out / "manifest.json").read_text())
     assert set(manifest["files"]) == files - {"manifest.json"}
