@@ -46,9 +46,10 @@ typecheck: $(INSTALLED) ## Check the types
 
 check: test lint typecheck ## All of the three above
 
-bench: $(INSTALLED) ## Compare nodes, time and memory with those of other optimizers
+bench: $(INSTALLED) ## Compare with other optimizers and quantizers (MODELOPT=PYTHON: with Model Optimizer)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python tests/bench --out build/bench.json
+	$(BIN)/python tests/bench/quantization.py --out build/bench-int8.json $(if $(MODELOPT),--modelopt $(MODELOPT))
 
 schema: $(INSTALLED) ## Write what is made from the code anew: the JSON Schemas, docs/passes.md
 	$(BIN)/python -c "$(call WRITE,llmc.compiler.recipe.schema,configs/recipe.schema.json)"

@@ -14,9 +14,11 @@ import numpy as np
 
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.session import Session
-from llmc.passes.graph import Array, Graph
+from llmc.passes.graph import Array, Graph, shape_of
 from llmc.passes.precision.levels import LEVELS
 
+MASK = "attention_mask"
+"""The input that says which tokens are padding."""
 BINS = 4096
 """Of a histogram; a power of two. The largest value stands in the upper half, so 16 bins or more make one step."""
 MIN_EXPONENT = -100
@@ -192,7 +194,7 @@ class SampledActivations:
     def absolute_maximum(self, graph: Graph, tensors: Sequence[str]) -> dict[str, float]:
         """The largest magnitude of each tensor over all samples; infinity or NaN where it gets there."""
         peaks = dict.fromkeys(tensors, 0.0)
-        for _, values in self.stream(graph, tensors):
+        for _, values, _ in self._run(graph, tensors, None):
             for tensor, value in values.items():
                 peaks[tensor] = float(np.maximum(peaks[tensor], np.max(np.abs(value), initial=0.0)))
         return peaks
@@ -202,8 +204,18 @@ class SampledActivations:
     ) -> Iterator[tuple[int, dict[str, Array]]]:
         """Sample by sample (numbered from 1) the values of `tensors`; nothing of a sample outlives its turn.
 
-        At most the first `samples` samples. Raises LlmcError where there is none.
+        Where a sample's attention_mask [batch, sequence] leaves tokens out, so do tensors of that batch and sequence:
+        [batch, sequence, ...] becomes [tokens, ...]. At most the first `samples` samples. Raises LlmcError where there
+        is none.
         """
+        axes = padded_axes(graph, tensors)
+        for number, values, mask in self._run(graph, tensors, samples):
+            yield number, {name: without_padding(value, mask, axes.get(name)) for name, value in values.items()}
+
+    def _run(
+        self, graph: Graph, tensors: Sequence[str], samples: int | None
+    ) -> Iterator[tuple[int, dict[str, Array], Array | None]]:
+        """Sample by sample the values of `tensors`, padding and all, and the attention mask."""
         if self.random:
             self._warn(
                 "calibrated on RANDOM inputs: the scales fit no real data, accuracy will suffer; "
@@ -215,13 +227,37 @@ class SampledActivations:
         number = 0
         for number, feeds in enumerate(islice(self.samples, samples), 1):
             given = {tensor: feeds[tensor] for tensor in tensors if tensor in inputs}
-            yield number, {**given, **(session.run(feeds, computed) if computed else {})}
+            yield number, {**given, **(session.run(feeds, computed) if computed else {})}, feeds.get(MASK)
         if number == 0:
             raise LlmcError(f"calibration: {self.source} has no samples; give some with --calibration DATA")
 
     def _warn(self, message: str) -> None:
         if message not in self.warnings:
             self.warnings.append(message)
+
+
+def padded_axes(graph: Graph, tensors: Sequence[str]) -> dict[str, int]:
+    """Tensor → the axis of its tokens, where axis 0 and that one have the names of the attention mask's dimensions."""
+    names = next((shape_of(tensor) for tensor in graph.inputs if tensor.name == MASK), None)
+    if names is None or len(names) != 2 or not all(isinstance(name, str) for name in names):
+        return {}
+    known, found = graph.tensors(), {}
+    for name in tensors:
+        shape = shape_of(known[name]) if name in known else None
+        if shape is not None and len(shape) > 2 and shape[0] == names[0] and names[1] in shape[1:]:
+            found[name] = shape.index(names[1], 1)
+    return found
+
+
+def without_padding(value: Array, mask: Array | None, axis: int | None) -> Array:
+    """The values of those tokens, along axes 0 and `axis`, that the mask [batch, sequence] keeps: [tokens, ...].
+
+    Where the tokens stand on the last axis, they stay there: [..., tokens].
+    """
+    if mask is None or axis is None or mask.all() or (value.shape[0], value.shape[axis]) != mask.shape:
+        return value
+    kept: Array = np.moveaxis(value, axis, 1)[mask.astype(bool)]
+    return np.moveaxis(kept, 0, -1) if axis == value.ndim - 1 else kept
 
 
 def _clipping(method: str, percent: float) -> Callable[[Histogram], float]:

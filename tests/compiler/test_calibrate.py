@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as npst
 
 from llmc.compiler.calibrate import BINS, Histogram, SampledActivations, entropy, minmax, mse, percentile
 from llmc.compiler.errors import LlmcError
-from llmc.passes.graph import Array
+from llmc.passes.graph import Array, infer_shapes
 
 METHODS = ("minmax", "percentile", "entropy", "mse")
 VALUES = npst.arrays(
@@ -256,6 +256,33 @@ def test_the_absolute_maximum_shows_where_a_tensor_overflows(parse):
     assert found["x"] == 100
     assert found["h"] == np.inf
     assert np.isnan(found["y"])
+
+
+MASKED = (
+    "(int64[B,S] attention_mask, float[B,S,4] x) => (float[B,S,4] y)"
+    "{ h = Neg(x) t = Transpose <perm=[0,2,1]> (h) u = Transpose <perm=[0,2,1]> (t) y = Relu(u) }"
+)
+
+
+@settings(max_examples=10, deadline=None)
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), pad=st.floats(-1000, 1000, width=32))
+def test_padding_changes_no_statistic(parse, lengths, pad):
+    graph = parse(MASKED)
+    infer_shapes(graph)
+    rng = np.random.default_rng(0)
+    rows = [rng.standard_normal((1, n, 4)).astype(np.float32) for n in lengths]
+    alone = [{"attention_mask": np.ones((1, row.shape[1]), np.int64), "x": row} for row in rows]
+    mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+    padded = np.full((*mask.shape, 4), pad, np.float32)
+    padded[mask.astype(bool)] = np.concatenate(rows, axis=1)[0]
+    batch = [{"attention_mask": mask, "x": padded}]
+    asked = {"method": "mse", "percentile": 99.0}
+    for tensors in (["x", "h"], ["t"]):
+        expected = SampledActivations(alone).amax(graph, tensors, samples=len(rows), **asked)
+        assert SampledActivations(batch).amax(graph, tensors, samples=1, **asked) == expected
+    if mask.all():
+        return
+    assert SampledActivations(batch).absolute_maximum(graph, ["h"])["h"] >= abs(pad), "float16 must hold padding too"
 
 
 def test_nothing_of_a_sample_outlives_its_turn(parse):
