@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmc.compiler.driver import compile as compile  # noqa: A004 - the field's word for it
-    from llmc.compiler.driver import plan as plan
     from llmc.compiler.errors import BudgetError as BudgetError
     from llmc.compiler.errors import LlmcError as LlmcError
     from llmc.compiler.errors import TargetError as TargetError
     from llmc.compiler.loaders import load as load
+    from llmc.compiler.planning import plan as plan
     from llmc.compiler.recipe import Recipe as Recipe
     from llmc.compiler.verification import verify as verify
 

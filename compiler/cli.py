@@ -102,7 +102,7 @@ def compile_command(
 ) -> None:
     """Compile MODEL as a recipe says, verify every pass, and leave an artifact with its report."""
     from llmc.compiler.driver import compile as run_compile
-    from llmc.compiler.driver import plan, with_options
+    from llmc.compiler.planning import plan, with_options
     from llmc.compiler.recipe import Recipe
 
     chosen = Recipe.load(recipe).with_settings(settings or [])
@@ -198,7 +198,7 @@ def bisect_command(
     from llmc.compiler.blame import bisect
     from llmc.compiler.blame.subject import budget, resolve
     from llmc.compiler.blame.terminal import render
-    from llmc.compiler.driver import plan, with_options
+    from llmc.compiler.planning import plan, with_options
 
     asked = budget(metric, at_least, at_most)
     subject = resolve(given, recipe, source)

@@ -14,8 +14,8 @@ from llmc.compiler.blame.reproducer import smallest_part, write_part
 from llmc.compiler.blame.search import Limits, Search, badness
 from llmc.compiler.blame.sensitivity import rank
 from llmc.compiler.calibrate import SampledActivations
-from llmc.compiler.driver import Plan
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.planning import Plan
 from llmc.compiler.recipe.sections import Metric
 from llmc.compiler.session import Session
 from llmc.compiler.verification import Verifier, compare

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.compiler.artifact import MANIFEST, is_artifact
-from llmc.compiler.driver import Plan
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.planning import Plan
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.recipe.sections import AT_LEAST, METRICS
 

@@ -14,8 +14,8 @@ import pytest
 
 from llmc.compiler.blame.replay import Replay
 from llmc.compiler.calibrate import SampledActivations
-from llmc.compiler.driver import Plan, plan
 from llmc.compiler.pipeline import PassCrash
+from llmc.compiler.planning import Plan, plan
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.session import Session
 from llmc.compiler.verification import verify

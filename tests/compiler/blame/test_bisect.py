@@ -19,8 +19,8 @@ from llmc.compiler.blame import bisect
 from llmc.compiler.blame.reproducer import reproduce
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.cli import app
-from llmc.compiler.driver import plan
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.planning import plan
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.verification import verify
 from llmc.passes.base import Context

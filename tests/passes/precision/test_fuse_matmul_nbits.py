@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmc.compiler.driver import plan
+from llmc.compiler.planning import plan
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, LlmcError, PassResult
