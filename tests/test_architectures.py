@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.session import Session
-from llmc.passes.base import Context, NearMiss, Skip
+from llmc.passes.base import Context, Skip
 from llmc.passes.graph import Array, Graph, copy_graph, load_model, scopes, to_model
 
 EXPORTS = ("dynamo-20", "dynamo-23", "legacy-17")
@@ -274,13 +275,6 @@ FAST = {
 }
 """What is tried in every run of the tests beside all of the legacy exporter, which takes a tenth of the time."""
 
-SHORT: dict[tuple[str, str, str], tuple[int, str]] = {
-    ("deberta-v2", "dynamo-20", "Attention"): (0, "the result of Softmax 'node_softmax' goes to Reshape"),
-    ("deberta-v2", "dynamo-23", "Attention"): (0, "the result of Softmax 'node_softmax' goes to Reshape"),
-    ("deberta-v2", "legacy-17", "Attention"): (0, "Softmax_output_0', inside the pattern, is used by Shape"),
-}
-"""Where fewer nodes come out than one counts on the architecture: how many do, and what the near misses say of it."""
-
 
 # Exports
 
@@ -337,15 +331,12 @@ def randomise(model: Any) -> None:
 # Tests
 
 
-def optimize(graph: Graph) -> list[NearMiss]:
-    """Run the passes of the recipe `optimize`; gives their near misses."""
-    context, misses = Context(), []
+def optimize(graph: Graph) -> None:
+    """Run the passes of the recipe `optimize`."""
+    context = Context()
     for step in Recipe.load("optimize").passes:
-        try:
-            misses += step.run(graph, context).near_misses
-        except Skip:
-            continue
-    return misses
+        with suppress(Skip):
+            step.run(graph, context)
 
 
 def counted(graph: Graph) -> dict[str, int]:
@@ -379,11 +370,7 @@ def test_architecture(name: str, how: str, tmp_path: Path) -> None:
     export(architecture, how, tmp_path / "model.onnx")
     graph = load_model(tmp_path / "model.onnx")
     before = copy_graph(graph)
-    misses = optimize(graph)
+    optimize(graph)
     onnx.checker.check_model(to_model(graph), full_check=True)
     compare(before, graph, architecture)
-    short = {op: SHORT[name, how, op] for op in COUNTED if (name, how, op) in SHORT}
-    expected = architecture.counts | {op: count for op, (count, _) in short.items()}
-    assert counted(graph) == {op: count for op, count in expected.items() if count}
-    for reason in [reason for _, reason in short.values()]:
-        assert any(reason in miss.reason for miss in misses), [miss.reason for miss in misses]
+    assert Counter(counted(graph)) == Counter(architecture.counts)  # 0 is as good as none

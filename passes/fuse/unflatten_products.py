@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llmc.passes.base import Context, NearMiss, Pass, PassResult
+from llmc.passes.fuse.unflatten_batches import BatchUnflattener, NotUnflattenedError
 from llmc.passes.graph import (
     Constant,
     Derived,
@@ -28,7 +29,7 @@ from llmc.passes.rewrite import merged_metadata
 from llmc.passes.shapes.dimension import ONE, Shape, product
 from llmc.passes.shapes.dimensions import Dimensions
 
-RULE = "unflatten"
+RULE, BATCHES = "unflatten", "batches"
 
 
 class NotFlattenedError(Exception):
@@ -47,13 +48,17 @@ class Rows:
 
 
 class UnflattenProducts(Pass):
-    """Multiplies [batch, sequence, k] by a matrix as it is, where a graph makes rows of it before and undoes it after.
+    """Multiplies [batch, sequence, k] and [batch, heads, m, k] as they are, not flattened before and split after.
 
     x [..., k], weight [k, n], float16, bfloat16, float32 or float64: `Reshape(MatMul(Reshape(x, [-1, k]), weight),
     [..., n])` → `MatMul(x, weight)`; of Gemm, or with an Add before the last Reshape, `Add(MatMul(x, weight), bias)`.
     Keras writes its dense layers like that through tf2onnx, torch its Conv1D of GPT-2 and its linear layers with a
     bias. A weight that Gemm transposes is transposed when it is read. Shapes must prove that the last Reshape gives
     back what the first one took. Left alone: Gemm with alpha or beta, rows that are used elsewhere.
+
+    a [b, h, m, k], c [b, h, k, n]: `Reshape(MatMul(Reshape(a, [b·h, m, k]), Reshape(c, [b·h, k, n])), [b, h, m, n])` →
+    `MatMul(a, c)`, as DeBERTa and older decoders multiply queries, keys and values. Transposes, a Softmax, scales and
+    sums in between come along; what is added and was not merged from batch and heads is split by a Reshape of its own.
 
     **Safety:** tolerance; the same sums, the bias added after rounding (float32: 1e-6 of the largest value).
 
@@ -78,13 +83,25 @@ class UnflattenProducts(Pass):
                 if rows is not None and context.apply(result, RULE, node):
                     _replace(rows, graph, dims, fresh, placement)
             placement.finish()
+            placement = Placement(scope, given_back)
+            batches = BatchUnflattener(graph, dims, placement, fresh, given_back)
+            for node in [n for n in scope.nodes if n.op == "Reshape" and not n.domain]:
+                try:
+                    part = batches.find(node)
+                except NotUnflattenedError as reason:
+                    result.near_misses.append(NearMiss(BATCHES, node.name, str(reason), module_of(node)))
+                    continue
+                if part is not None and context.apply(result, BATCHES, node):
+                    batches.replace(node, part)
+            placement.finish()
         return result
 
 
 def _rows(node: Node, dims: Dimensions, given_back: set[int]) -> Rows | None:
     """A product between two Reshapes; None where there is no such thing. Raises NotFlattenedError where it stays."""
     before = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
-    if before is None or before.op != "Reshape" or before.domain:
+    rows = dims.of(node.inputs[0])
+    if before is None or before.op != "Reshape" or before.domain or (rows is not None and len(rows) != 2):
         return None
     bias = node.inputs[2] if len(node.inputs) > 2 and not node.inputs[2].is_empty() else None
     result = node.outputs[0]

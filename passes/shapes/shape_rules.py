@@ -201,6 +201,14 @@ def _expand(dims: Dimensions, node: Node) -> list[Shape | None] | None:
     return [dims.broadcast(dims.of(node.inputs[0]), sizes)]
 
 
+def _tile(dims: Dimensions, node: Node) -> list[Shape | None] | None:
+    shape, repeats = dims.of(node.inputs[0]), dims.values(node.inputs[1])
+    if shape is None or repeats is None or len(shape) != len(repeats):
+        return None
+    pairs = zip(shape, repeats, strict=True)
+    return [tuple(n * r if isinstance(r, Dimension) and r.positive else dims.unknown() for n, r in pairs)]
+
+
 def _filled(dims: Dimensions, node: Node) -> list[Shape | None] | None:
     target = dims.values(node.inputs[0])
     if target is None:
@@ -251,7 +259,7 @@ KEEP = (
     "Abs", "BatchNormalization", "Cast", "Ceil", "Clip", "Cos", "CumSum", "DequantizeLinear", "Dropout", "Elu", "Erf",
     "Exp", "Floor", "Gelu", "HardSwish", "Identity", "IsInf", "IsNaN", "LayerNormalization", "LeakyRelu", "Log", "Mish",
     "Neg", "Not", "QuantizeLinear", "RMSNormalization", "Reciprocal", "Relu", "RotaryEmbedding", "ScatterND", "Sigmoid",
-    "Sin", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh", "Trilu",
+    "Sign", "Sin", "Softmax", "Softplus", "Sqrt", "Swish", "Tanh", "Trilu",
 )
 """Operators whose first result has the shape of their first input."""
 BROADCAST = (
@@ -280,6 +288,7 @@ SHAPE_RULES: dict[str, Callable[[Dimensions, Node], list[Shape | None] | None]] 
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
+    "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
 }

@@ -44,6 +44,11 @@ SHAPES = {
     ),
     "sizes that may broadcast": ("y = Add(x, v)", "[B, ?, 12]"),
     "one broadcasts": ("k = Constant<value_ints = [1]>() s = ReduceMean<keepdims=1>(x, k) y = Sub(x, s)", "[B, S, 12]"),
+    "repeated as often as the batch": (
+        "b = Shape<start=0, end=1>(x) k = Constant<value_ints = [2, 1]>() t = Concat<axis=0>(b, k) "
+        "g = Sign(x) y = Tile(g, t)",
+        "[B*B, 2*S, 12]",
+    ),
     "swapped": ("y = Transpose<perm=[2,0,1]>(x)", "[12, B, S]"),
     "product of matrices": ("t = Transpose<perm=[0,2,1]>(x) y = MatMul(x, t)", "[B, S, S]"),
 }
