@@ -49,6 +49,8 @@ def _run_pass(run: Run, start: State, index: int, step_pass: Pass, ledger: Ledge
     run.tell(step)
     with run.timed_verification(step):
         verdict = run.judge.judge(step, step_pass.safety)
+    if not verdict.verified:
+        del run.verification_seconds[step.label]
     broken, attempt = verdict.problems, None
     if broken and run.plan.recipe.verify.on_failure == "rollback" and step.result.rewrites:
         attempt = _rolled_back(run, step, verdict, step_pass)

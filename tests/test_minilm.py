@@ -182,6 +182,7 @@ def test_a_second_compile_gives_the_same_bytes(source: Any, tmp_path: Path) -> N
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("source", ["hugging face", pytest.param("legacy onnx", marks=pytest.mark.slow)], indirect=True)
 def test_int8(source: Any, tokens: list[dict[str, Array]], expected: Array, tmp_path: Path) -> None:
     report = run_compile(source[0], "minilm-int8", tmp_path / "out", **source[1])
     check_engine(tmp_path / "out", report)

@@ -66,7 +66,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, place: Path) -> None:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    cache = str(place / "cache")  # of all commands here: hf-dir is exported once
+    environment = {**os.environ, "LLMC_CACHE": cache, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         shlex.split(command), cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=300
     )

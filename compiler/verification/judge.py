@@ -52,14 +52,14 @@ class Judge:
         self.section, self.verifier, self.memory = section, verifier, memory
         self.steps = steps
         self.last_numerics: list[OutputNumerics] = []
-        self.changed_since = False
-        """Whether the graph has changed since the whole of it was compared last."""
+        self.compared = False
+        """Whether the whole of the graph, as it is now, has been compared."""
         self.local: LocalVerifier | None = None
         """Holds what was captured, once something was."""
 
     def load(self, step: Step) -> list[OutputNumerics]:
         """Compare the loaded graph with the source model."""
-        self.last_numerics = self.verifier.measure(step.end)
+        self.last_numerics, self.compared = self.verifier.measure(step.end), True
         return self.last_numerics
 
     def judge(self, step: Step, safety: Safety) -> Verdict:
@@ -71,7 +71,7 @@ class Judge:
             self._full(step, verdict)
         if changed and self.section.mode == "local":
             self._local(step, verdict, safety)
-        if last and not verdict.numerics and (changed or self.changed_since):
+        if last and not verdict.numerics and (changed or not self.compared):
             self._run_whole(step, verdict)
         verdict.problems = breaches(verdict.numerics, self.section.limits(step.key), self.section.custom)
         return verdict
@@ -79,10 +79,9 @@ class Judge:
     def accept(self, step: Step, verdict: Verdict) -> None:
         """Go on from the graph of `step`."""
         if verdict.numerics:
-            self.last_numerics = verdict.numerics
-            self.changed_since = False
+            self.last_numerics, self.compared = verdict.numerics, True
         elif step.result.rewrites:
-            self.changed_since = True
+            self.compared = False
         if step.result.rewrites and self.local is not None:
             self.local.accept(step.end.structure, verdict.comparison)
 

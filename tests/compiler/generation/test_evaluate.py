@@ -50,6 +50,7 @@ def test_perplexity_is_that_of_torch(checkpoint: Path, artifact: Path, text: Pat
     assert found.against is None
 
 
+@pytest.mark.slow
 def test_against_the_source(checkpoint: Path, artifact: Path, text: Path) -> None:
     other = evaluate(artifact, text, window=WINDOW, against=str(checkpoint)).against
     assert other is not None

@@ -180,7 +180,7 @@ def bert(loaded_case: Callable[[str], tuple[Path, Loaded]]) -> tuple[Path, Loade
 def test_weights_are_the_models_own_memory(bert: tuple[Path, Loaded]) -> None:
     _, loaded = bert
     assert loaded.reference is not None
-    model = loaded.reference.args[0]  # type: ignore[attr-defined]  # a partial
+    model = loaded.reference.__self__.loaded[0]  # type: ignore[attr-defined]  # a method of what holds the model
     parameters = dict(model.named_parameters())
     shared = {
         c.name for c in constants(loaded.graph) if c.name.removesuffix(".T") in parameters and c._values.nbytes > 1024

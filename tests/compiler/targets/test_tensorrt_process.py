@@ -105,7 +105,8 @@ def test_an_interrupt_ends_the_worker_and_leaves_nothing(model: Path, folder: Pa
 
 
 BUILD_AND_WAIT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell start with it ignored
 from pathlib import Path
 from llmc.compiler.targets import BuildRequest
 from llmc.compiler.targets.tensorrt import TensorRT

@@ -77,7 +77,7 @@ RIGHT, WRONG, IDLE = Scales(operator="Neg"), Scales(by=1.5), Scales(operator="Si
         ("local", [RIGHT, RIGHT, IDLE], ["local", "local", "full"], 1),
         ("local", [RIGHT, WRONG, IDLE], ["local", "full", ""], 1),
         ("local", [WRONG, RIGHT], ["full", "full"], 2),
-        ("local", [IDLE, IDLE], ["", ""], 0),
+        ("local", [IDLE, IDLE], ["", "full"], 1),  # a model that cannot run is found out
     ],
 )
 def test_what_is_run_when(mode: str, passes: list[Pass], verified: list[str], runs: int, judged: Any) -> None:
