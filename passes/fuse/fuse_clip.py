@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf, isinf, isnan
+from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +31,8 @@ def _problem(x: Tensor, *bounds: float | list[float] | None) -> str | None:
     for low, high in zip(bounds[::2], bounds[1::2], strict=True):
         if isinstance(low, list) or isinstance(high, list):
             return f"a bound is a list, {low} or {high}, where a number is needed"
+        if inf in (low, high) or -inf in (low, high):
+            return f"a bound of {low} and {high} is infinite, where Clip without one stops at the largest number"
         if not _least(low) <= _most(high):
             return f"the bounds {low} and {high} leave nothing between them"
     return None
@@ -45,8 +47,8 @@ def _most(high: Any) -> float:
 
 
 def _clip(op: Any, x: Any, low: float, high: float) -> Any:
-    """Clip with the bounds that are finite."""
-    return op.Clip(x, *(None if isinf(bound) or isnan(bound) else bound for bound in (low, high)))
+    """Clip without the bounds that are infinite, which stand for one that is missing."""
+    return op.Clip(x, None if low == -inf else low, None if high == inf else high)
 
 
 class ClipFromMinMax(_Clip):
@@ -134,6 +136,70 @@ class ClipOfClip(_Clip):
         return _clip(op, x, *(min(max(bound, least), most) for bound in (_least(low), _most(high))))
 
 
+class MinOfClip(_Clip):
+    """min(clip(x, low, high), second_high)."""
+
+    def pattern(self, op: Any, x: Any, low: Attribute, high: Attribute, second_high: Scalar) -> Any:
+        return op.Min(op.Clip(x, min=low, max=high), second_high)
+
+    def check(self, x: Any, low: Any, high: Any, second_high: Any) -> str | None:
+        return _problem(x, low, high, None, second_high)
+
+    def replace(self, op: Any, x: Any, low: Any, high: Any, second_high: Any) -> Any:
+        return _clip(op, x, min(_least(low), second_high), min(_most(high), second_high))
+
+
+class MaxOfClip(_Clip):
+    """max(clip(x, low, high), second_low)."""
+
+    def pattern(self, op: Any, x: Any, low: Attribute, high: Attribute, second_low: Scalar) -> Any:
+        return op.Max(op.Clip(x, min=low, max=high), second_low)
+
+    def check(self, x: Any, low: Any, high: Any, second_low: Any) -> str | None:
+        return _problem(x, low, high, second_low, None)
+
+    def replace(self, op: Any, x: Any, low: Any, high: Any, second_low: Any) -> Any:
+        return _clip(op, x, max(_least(low), second_low), max(_most(high), second_low))
+
+
+class ClipOfMin(_Clip):
+    """clip(min(x, high), second_low, second_high)."""
+
+    def pattern(self, op: Any, x: Any, high: Scalar, second_low: Attribute, second_high: Attribute) -> Any:
+        return op.Clip(op.Min(x, high), min=second_low, max=second_high)
+
+    def check(self, x: Any, high: Any, second_low: Any, second_high: Any) -> str | None:
+        return _problem(x, None, high, second_low, second_high)
+
+    def replace(self, op: Any, x: Any, high: Any, second_low: Any, second_high: Any) -> Any:
+        least = _least(second_low)
+        return _clip(op, x, least, max(min(high, _most(second_high)), least))
+
+
+class ClipOfMax(_Clip):
+    """clip(max(x, low), second_low, second_high)."""
+
+    def pattern(self, op: Any, x: Any, low: Scalar, second_low: Attribute, second_high: Attribute) -> Any:
+        return op.Clip(op.Max(x, low), min=second_low, max=second_high)
+
+    def check(self, x: Any, low: Any, second_low: Any, second_high: Any) -> str | None:
+        return _problem(x, low, None, second_low, second_high)
+
+    def replace(self, op: Any, x: Any, low: Any, second_low: Any, second_high: Any) -> Any:
+        most = _most(second_high)
+        return _clip(op, x, min(max(low, _least(second_low)), most), most)
+
+
+class ReluOfMin(_Clip):
+    """relu(min(x, high))."""
+
+    def pattern(self, op: Any, x: Any, high: Scalar) -> Any:
+        return op.Relu(op.Min(x, high))
+
+    check = ClipFromReluMin.check
+    replace = ClipFromReluMin.replace
+
+
 class ReluOfRelu(_Clip):
     """relu(relu(x))."""
 
@@ -148,11 +214,12 @@ class ReluOfRelu(_Clip):
 
 
 class FuseClip(RewritePass):
-    """Fuses Min and Max with constants to Clip or Relu, and Clip and Relu that follow each other to one.
+    """Fuses Min and Max with constants to Clip or Relu, and Min, Max, Clip and Relu that follow each other to one.
 
     x [any shape], floating; bounds constants of one element:
     `Min(Max(x, low), high)` → `Clip(x, low, high)`; `Max(x, 0)` → `Relu(x)`; `Clip(Relu(x), low, high)` →
-    `Clip(x, max(low, 0), high)`; `Clip(Clip(x, a, b), c, d)` → one Clip. Bounds that cross are left alone.
+    `Clip(x, max(low, 0), high)`; `Clip(Clip(x, a, b), c, d)` → one Clip, and so with Min, Max or Relu for either.
+    Bounds that cross are left alone.
 
     **Safety:** exact.
 
@@ -170,5 +237,10 @@ class FuseClip(RewritePass):
         ClipOfRelu(),
         ReluOfClip(),
         ClipOfClip(),
+        MinOfClip(),
+        MaxOfClip(),
+        ClipOfMin(),
+        ClipOfMax(),
+        ReluOfMin(),
         ReluOfRelu(),
     )

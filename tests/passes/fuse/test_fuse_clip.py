@@ -12,7 +12,7 @@ from llmc.passes.graph import copy_graph
 
 HEAD = (
     "(float[N,4] x{inputs}) => (float[N,4] y{more}) <float zero = {{0}}, float low = {{-0.5}}, float high = {{0.75}}, "
-    "float lower = {{-1}}, float higher = {{2}}>"
+    "float lower = {{-1}}, float higher = {{2}}, float top = {{inf}}>"
 )
 
 
@@ -33,6 +33,17 @@ FIRES = {
     "Clip, then Clip": (model("c = Clip(x, low, high) y = Clip(c, lower, higher)"), ["Clip"], 20),
     "one bound each": (model("c = Clip(x, low) y = Clip(c, , high)"), ["Clip"], 20),
     "Clip with attributes": (model("c = Clip<min=-0.5>(x) y = Clip<max=0.75>(c)"), ["Clip"], 10),
+    "Clip, then Min": (model("c = Clip(x, low, higher) y = Min(high, c)"), ["Clip"], 20),
+    "Clip, then Max": (model("c = Clip(x, lower, high) y = Max(c, low)"), ["Clip"], 20),
+    "Clip, then Min below all of it": (model("c = Clip(x, zero, high) y = Min(c, low)"), ["Clip"], 20),
+    "Clip, then Max above all of it": (model("c = Clip(x, lower, low) y = Max(c, high)"), ["Clip"], 20),
+    "Clip without a bound, then Min": (model("c = Clip(x, low) y = Min(c, high)"), ["Clip"], 20),
+    "Min, then Clip": (model("m = Min(x, high) y = Clip(m, low, higher)"), ["Clip"], 20),
+    "Max, then Clip": (model("m = Max(x, low) y = Clip(m, lower, high)"), ["Clip"], 20),
+    "Min, then Clip above it": (model("m = Min(x, low) y = Clip(m, zero, high)"), ["Clip"], 20),
+    "Max, then Clip below it": (model("m = Max(x, high) y = Clip(m, lower, low)"), ["Clip"], 20),
+    "Min, then Relu": (model("m = Min(x, high) y = Relu(m)"), ["Clip"], 20),
+    "Min of another Min and a Max": (model("m = Max(x, low) n = Min(m, higher) y = Min(n, high)"), ["Clip"], 20),
     "three in a row": (model("r = Relu(x) c = Clip(r, low, higher) y = Clip(c, lower, high)"), ["Clip"], 20),
     "Relu twice": (model("r = Relu(x) y = Relu(r)"), ["Relu"], 20),
 }
@@ -44,6 +55,18 @@ LEAVES_ALONE = {
     ),
     "bound below zero behind Relu": (
         model("r = Relu(x) y = Min(r, low)"),
+        "the bounds 0.0 and -0.5 leave nothing between them",
+    ),
+    "bounds that cross in Clip before Min": (
+        model("c = Clip(x, high, low) y = Min(c, higher)"),
+        "the bounds 0.75 and -0.5 leave nothing between them",
+    ),
+    "infinite bounds": (
+        model("m = Max(x, top) y = Min(m, top)"),
+        "a bound of inf and inf is infinite, where Clip without one stops at the largest number",
+    ),
+    "Min below zero before Relu": (
+        model("m = Min(x, low) y = Relu(m)"),
         "the bounds 0.0 and -0.5 leave nothing between them",
     ),
     "bound is a tensor": (
