@@ -11,6 +11,7 @@ import numpy as np
 from llmc.passes.base import Context, NearMiss, Pass, PassResult
 from llmc.passes.fuse.split_heads import HeadSplitter, NotSplitError
 from llmc.passes.graph import (
+    Array,
     Constant,
     Derived,
     Graph,
@@ -45,7 +46,7 @@ class NotMergedError(Exception):
 
 @dataclass(frozen=True)
 class Projection:
-    """`MatMul(x, weight)`, or that plus `bias`."""
+    """`MatMul(x, weight)`, or that plus `bias`, or both in a Gemm."""
 
     product: Node
     result: Tensor
@@ -53,12 +54,17 @@ class Projection:
     bias: Constant | None
 
     @property
+    def transposed(self) -> bool:
+        """Whether the weight is [width, n]."""
+        return bool(self.product.attrs.get("transB", 0))
+
+    @property
     def x(self) -> Tensor:
         return self.product.inputs[0]
 
     @property
     def width(self) -> int:
-        return int(self.weight.shape[1])
+        return int(self.weight.shape[0 if self.transposed else 1])
 
 
 class MergeProjections(Pass):
@@ -67,9 +73,10 @@ class MergeProjections(Pass):
     x [..., n]; Wq [n, a], Wk [n, b], Wv [n, c] and biases [a], [b], [c], float16, bfloat16, float32 or float64; of each
     Attention: `Add(MatMul(x, Wq), bq)`, `Add(MatMul(x, Wk), bk)`, `Add(MatMul(x, Wv), bv)` →
     `Split(Add(MatMul(x, [Wq Wk Wv]), [bq bk bv]), [a, b, c])`. A bias that is missing beside others counts as 0; keys
-    and values are merged where only they are made of one tensor. The sizes may differ (grouped heads). The merged
-    weights are put together when they are read, so that they take no memory. Left alone: weights that others read
-    too, quantized ones, and products that are used without their bias.
+    and values are merged where only they are made of one tensor. Gemm counts as MatMul and Add. The sizes may differ
+    (grouped heads). The merged weights are put together when they are read, so that they take no memory. Left alone:
+    weights that others read too, quantized ones, products that are used without their bias, and Gemm with alpha, beta
+    or transA.
 
     Where each part of a Split [b, s, h·d] goes through a Reshape and a Transpose to heads [b, h, s, d], which a cache
     of keys and values needs, these come first, once for all: x [b, s, Σ h·d] →
@@ -159,15 +166,29 @@ class _Merger:
                 bias = node.inputs[0] if node.inputs[1] is product.outputs[0] else node.inputs[1]
                 self._check_bias(product, bias, name)
                 node = product
-        if node is None or node.op != "MatMul":
+        elif node is not None and node.op == "Gemm" and not node.domain:
+            bias = self._gemm_bias(node, name)
+        if node is None or node.domain or node.op not in ("MatMul", "Gemm"):
             made = called(node) if node is not None else f"'{tensor.name}', which no node makes"
-            raise NotMergedError(f"the {name} come from {made}, where MatMul is needed")
+            raise NotMergedError(f"the {name} come from {made}, where MatMul or Gemm is needed")
         weight = node.inputs[1]
         if not isinstance(weight, Constant) or len(weight.shape) != 2:
             raise NotMergedError(f"the weight '{weight.name}' of the {name} is no constant matrix")
         if len(weight.outputs) > 1 or id(weight) in self.given_back:
             raise NotMergedError(f"the weight '{weight.name}' of the {name} is used elsewhere too")
         return Projection(node, result, weight, bias if isinstance(bias, Constant) else None)
+
+    def _gemm_bias(self, gemm: Node, name: str) -> Tensor | None:
+        """What a Gemm that only multiplies by its weight adds to that, if anything."""
+        if any(gemm.attrs.get(key, plain) != plain for key, plain in (("alpha", 1.0), ("beta", 1.0), ("transA", 0))):
+            raise NotMergedError(f"{called(gemm)} of the {name} has alpha, beta or transA")
+        if len(gemm.inputs) < 3 or gemm.inputs[2].is_empty():
+            return None
+        weight, bias = gemm.inputs[1:3]
+        width = None if weight.shape is None else weight.shape[0 if gemm.attrs.get("transB", 0) else 1]
+        if not isinstance(bias, Constant) or list(bias.shape) != [width]:
+            raise NotMergedError(f"'{bias.name}', added to the {name}, is no bias of their width")
+        return bias
 
     def _check_bias(self, product: Node, bias: Tensor, name: str) -> None:
         weight = product.inputs[1]
@@ -194,12 +215,16 @@ class _Merger:
 
     def _weights(self, projections: Sequence[Projection]) -> Constant:
         """[W W …], put together whenever it is read."""
-        held = [Constant(p.weight.name, p.weight._values) for p in projections]  # as they are now
-        shape = (int(held[0].shape[0]), sum(p.width for p in projections))
-        values = Derived(
-            onnx_dtype(projections[0].weight), shape, lambda: np.concatenate([load_values(c) for c in held], axis=1)
-        )
-        return Constant(self.fresh(f"{projections[0].weight.name}_merged"), values)
+        # As they are now, and which way round.
+        held = [(Constant(p.weight.name, p.weight._values), p.transposed) for p in projections]
+        first = projections[0]
+        shape = (int(first.weight.shape[1 if first.transposed else 0]), sum(p.width for p in projections))
+
+        def joined() -> Array:
+            weights = [load_values(c).T if transposed else load_values(c) for c, transposed in held]
+            return np.concatenate(weights, axis=1)
+
+        return Constant(self.fresh(f"{first.weight.name}_merged"), Derived(onnx_dtype(first.weight), shape, joined))
 
 
 def _producer(tensor: Tensor) -> Node | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -12,8 +13,9 @@ from llmc.passes.base import Context, Ledger
 from llmc.passes.fuse.merge_projections import MergeProjections
 from llmc.passes.graph import Array, Constant, Derived, Graph, copy_graph, infer_shapes, to_model
 
-SIZES = {"B": 2, "S": 3, "T": 5, "P": 5}
+SIZES = {"B": 2, "S": 3, "T": 5, "P": 5, "M": 6}
 WEIGHTS = {"wq": (8, 16), "wk": (8, 8), "wv": (8, 8), "bq": (16,), "bk": (8,), "bv": (8,)}
+WEIGHTS |= {"nq": (16, 8), "nk": (8, 8), "row": (1, 8)}
 ATTEND = "y = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v)"
 BIASED = "a = MatMul(x, wq) q = Add(a, bq) b = MatMul(x, wk) k = Add(bk, b) c = MatMul(x, wv) v = Add(c, bv) "
 PLAIN = "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) "
@@ -21,7 +23,7 @@ PLAIN = "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) "
 
 def build(parse: Any, body: str, inputs: str = "float[B,S,8] x", outputs: str = "float[B,S,16] y") -> Graph:
     """The graph with random constants for the weights that the text names."""
-    names = [name for name in WEIGHTS if f"{name})" in body or f"({name}" in body]
+    names = [name for name in WEIGHTS if re.search(rf"[( ]{name}[,)]", body)]
     declared = ", ".join(f"float[{','.join(map(str, WEIGHTS[name]))}] {name}" for name in names)
     graph = parse(f"({', '.join(filter(None, [inputs, declared]))}) => ({outputs}) {{ {body} }}", opset=24)
     rng = np.random.default_rng(0)
@@ -124,6 +126,59 @@ def test_fires(name: str, parse: Any) -> None:
     check_same(graph, merged)
 
 
+ROWS = (
+    "h = Constant<value_ints = [-1,3,4,4]>() g = Constant<value_ints = [-1,3,2,4]>() qr = Reshape(q, h) "
+    "kr = Reshape(k, g) vr = Reshape(v, g) qt = Transpose<perm=[0,2,1,3]>(qr) kt = Transpose<perm=[0,2,1,3]>(kr) "
+    "vt = Transpose<perm=[0,2,1,3]>(vr) y = Attention(qt, kt, vt)"
+)
+GEMMS = {
+    "with and without biases": (
+        "q = Gemm(x, wq, bq) k = Gemm(x, wk) v = Gemm(x, wv, bv) ", "float[M,8] x",
+        {"MatMul": 1, "Add": 1, "Split": 1}, [16, 8, 8],
+    ),
+    "beside a MatMul": (
+        "q = Gemm(x, wq) k = MatMul(x, wk) v = Gemm(x, wv) ", "float[M,8] x", {"MatMul": 1, "Split": 1}, [16, 8, 8],
+    ),
+    "transposed weights": (
+        "q = Gemm<transB=1>(x, nq, bq) k = Gemm<transB=1, alpha=1.0>(x, nk, bk) v = Gemm(x, wv, bv) ", "float[M,8] x",
+        {"MatMul": 1, "Add": 1, "Split": 1}, [16, 8, 8],
+    ),
+    "keys and values of another matrix": (
+        "q = Gemm(z, wq) k = Gemm<transB=1>(x, nk) v = Gemm(x, wv) ", "float[M,8] z, float[M,8] x",
+        {"MatMul": 1, "Split": 1, "Gemm": 1}, [8, 8],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GEMMS)
+def test_gemm_is_merged(name: str, parse: Any) -> None:
+    body, inputs, expected, sizes = GEMMS[name]
+    graph = build(parse, body + ROWS, inputs, "float[B,4,S,4] y")
+    merged = copy_graph(graph)
+    result = MergeProjections().run(merged, Context())
+    assert [r.rule for r in result.rewrites] == ["projections"], result.near_misses
+    counts = Counter(n.op for n in merged.nodes)
+    assert {op: counts[op] for op in ("MatMul", "Gemm", "Add", "Split") if counts[op]} == expected
+    (split,) = [n for n in merged.nodes if n.op == "Split"]
+    assert split.inputs[1].values.tolist() == sizes
+    check_same(graph, merged)
+
+
+GEMM_STAYS = {
+    "alpha": ("v = Gemm<alpha=0.5>(x, wv, bv)", "Gemm 'gemm' of the values has alpha, beta or transA"),
+    "a bias of another shape": ("v = Gemm(x, wv, row)", "'row', added to the values, is no bias of their width"),
+}
+
+
+@pytest.mark.parametrize("name", GEMM_STAYS)
+def test_gemm_stays(name: str, parse: Any) -> None:
+    values, reason = GEMM_STAYS[name]
+    graph = build(parse, f"q = Gemm(x, wq) k = Gemm(x, wk) [gemm] {values} {ROWS}", "float[M,8] x", "float[B,4,S,4] y")
+    result = MergeProjections().run(graph, Context())
+    assert result.rewrites == []
+    assert [miss.reason for miss in result.near_misses] == [reason]
+
+
 APART = (
     "p, r = Split<axis=2, num_outputs=2>(x) h = Constant<value_ints=[0,0,-1,4]>() a = Reshape(p, h) b = Reshape(r, h) "
 )
@@ -211,7 +266,7 @@ LEAVES_ALONE = {
     ),
     "no product": (
         ("q = Relu(x) k = MatMul(x, wk) v = MatMul(x, wv) y = Attention<q_num_heads=2, kv_num_heads=2>(q, k, v)",),
-        "the queries come from Relu 'q', where MatMul is needed",
+        "the queries come from Relu 'q', where MatMul or Gemm is needed",
     ),
 }
 
