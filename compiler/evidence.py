@@ -13,6 +13,7 @@ import numpy as np
 
 from llmc.compiler.artifact import artifact, write_manifest
 from llmc.compiler.data import Samples
+from llmc.compiler.errors import InternalError
 from llmc.compiler.pipeline import PassCrash, Step
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.recipe.source import dump
@@ -30,7 +31,6 @@ class Given:
     calibration: Samples | None = None
     """Of the failed step, where it calibrates."""
     tokenizer: Path | None = None
-    stop_after_rewrite: int | None = None
 
 
 def evidence_place(output: Path) -> Path:
@@ -73,8 +73,21 @@ def _tokenizer(given: Given) -> list[object]:
     return ["--tokenizer", given.tokenizer] if given.tokenizer else []
 
 
-def keep_crash(output: Path, recipe: Recipe, crash: PassCrash, given: Given, report: Report) -> str:
-    """Write the report so far and `output`/repro; return the command that repeats the crash.
+def crash_error(output: Path, recipe: Recipe, crash: PassCrash, given: Given, report: Report | None) -> InternalError:
+    """The error to end with, once the evidence is kept beside `output`. Raises the crash where it cannot be kept."""
+    evidence = evidence_place(output)
+    try:
+        command = keep_crash(evidence, recipe, crash, given, report)
+    except Exception:  # what matters is the crash: its traceback goes to whoever called
+        raise crash from crash.__cause__
+    return InternalError(
+        f"{crash}.\nThis is a bug of llmc. The graph before the pass and the traceback are in "
+        f"{evidence / 'repro'}; to see it again:\n  {command}"
+    )
+
+
+def keep_crash(output: Path, recipe: Recipe, crash: PassCrash, given: Given, report: Report | None) -> str:
+    """Write the report so far, of a compile, and `output`/repro; return the command that repeats the crash.
 
     `before.onnx` is the graph that the pass was given, `recipe.yaml` has this pass alone, `traceback.txt` is where it
     went wrong; `inputs/` and `calibration/` hold the samples.
@@ -90,20 +103,21 @@ def keep_crash(output: Path, recipe: Recipe, crash: PassCrash, given: Given, rep
             words += ["--calibration", output / "repro/calibration"]
         _write_recipe(recipe, only, given, f"the pass of {recipe.name} that crashed: {step.key}", repro)
         (repro / "traceback.txt").write_text("".join(traceback.format_exception(crash)), encoding="utf-8")
-    if given.stop_after_rewrite is not None:
-        words += ["--stop-after-rewrite", given.stop_after_rewrite - step.rewrites_before]
+    if step.stop_after is not None:
+        words += ["--stop-after-rewrite", step.stop_after - step.rewrites_before]
     return _command(output, "before.onnx", *words)
 
 
 @contextmanager
-def _evidence(output: Path, report: Report) -> Iterator[Path]:
-    """The folder 'repro' to fill; the report and a manifest stand beside it."""
+def _evidence(output: Path, report: Report | None) -> Iterator[Path]:
+    """The folder 'repro' to fill; a manifest stands beside it, and the report; without one, a pass crashed."""
     with artifact(output) as folder:
         repro = folder / "repro"
         repro.mkdir()
         yield repro
-        write(report, folder)
-        write_manifest(folder, {"llmc": llmc_version(), "status": report.status})
+        if report is not None:
+            write(report, folder)
+        write_manifest(folder, {"llmc": llmc_version(), "status": report.status if report else "crashed"})
 
 
 def _write_samples(samples: Samples, folder: Path) -> None:

@@ -32,6 +32,8 @@ class Step:
     seconds: float = 0.0
     rewrites_before: int = 0
     """Rewrites that the run had done when the pass began."""
+    stop_after: int | None = None
+    """Rewrites of the run after which no more may be done."""
     cached: bool = False
     """Whether it was found in the cache, not run."""
 
@@ -103,7 +105,7 @@ def run_pass(
     for a bug of the pass.
     """
     started = time.perf_counter()
-    step = Step(index, step_pass.key(), start, start, rewrites_before=ledger.taken)
+    step = Step(index, step_pass.key(), start, start, rewrites_before=ledger.taken, stop_after=ledger.stop_after)
     activations = provider(step_pass) if "activations" in step_pass.needs else None
     remembered = PassMemory(memory, start, step_pass, ledger, activations.digest if activations else "")
     outcome = remembered.find()

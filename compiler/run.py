@@ -58,7 +58,7 @@ class Run:
     def given(self, key: str = "") -> Given:
         """What evidence needs of the compile; `key` is that of a pass whose calibration data it needs."""
         made = self.plan
-        return Given(made.verification, made.calibration.get(key), made.tokenizer, self.stop_after_rewrite)
+        return Given(made.verification, made.calibration.get(key), made.tokenizer)
 
     def activations(self, step: Pass) -> SampledActivations:
         """What a pass that calibrates learns of its data."""

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from llmc.compiler import pipeline
 from llmc.compiler.cache.memory import State
 from llmc.compiler.errors import BudgetError, InternalError
-from llmc.compiler.evidence import evidence_place, keep_breach, keep_crash
+from llmc.compiler.evidence import crash_error, evidence_place, keep_breach
 from llmc.compiler.report import (
     PassReport,
     RewriteLine,
@@ -107,12 +107,4 @@ def crashed(run: Run, crash: pipeline.PassCrash) -> InternalError:
     line.status, line.reason = "crashed", str(crash)
     run.steps.append(line)
     report = run.report(step.graph, None)
-    evidence = evidence_place(run.output)
-    try:
-        command = keep_crash(evidence, run.plan.recipe, crash, run.given(step.key), report)
-    except Exception:  # what matters is the crash: its traceback goes to whoever called
-        raise crash from crash.__cause__
-    return InternalError(
-        f"{crash}.\nThis is a bug of llmc. The graph before the pass and the traceback are in "
-        f"{evidence / 'repro'}; to see it again:\n  {command}"
-    )
+    return crash_error(run.output, run.plan.recipe, crash, run.given(step.key), report)

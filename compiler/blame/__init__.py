@@ -15,6 +15,8 @@ from llmc.compiler.blame.search import Limits, Search, badness
 from llmc.compiler.blame.sensitivity import rank
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.evidence import Given, crash_error
+from llmc.compiler.pipeline import PassCrash
 from llmc.compiler.planning import Plan
 from llmc.compiler.recipe.sections import Metric
 from llmc.compiler.session import Session
@@ -41,9 +43,26 @@ def bisect(
 
     `budget`: metric → limit, in place of the recipe's. `scan` measures after every rewrite instead of bisecting.
     `sensitivity` ranks the layers of each pass that changes precision. Nothing is written where nothing is found.
-    Raises LlmcError where no budget is asked for.
+    Raises LlmcError where no budget is asked for, and InternalError where a pass crashed (the evidence is then in
+    `<output>.failed`).
     """
     check_place(output, force=force)
+    try:
+        return _bisect(plan, output, budget, sensitivity, scan, force, progress)
+    except PassCrash as crash:
+        given = Given(plan.verification, plan.calibration.get(crash.step.key), plan.tokenizer)
+        raise crash_error(output, plan.recipe, crash, given, None) from crash
+
+
+def _bisect(
+    plan: Plan,
+    output: Path,
+    budget: Mapping[str, float] | None,
+    sensitivity: bool,
+    scan: bool,
+    force: bool,
+    progress: Progress,
+) -> Blame:
     investigation = Investigation(plan, budget, progress)
     found = investigation.search.scan() if scan else investigation.search.first_bad()
     blame = investigation.report(found)

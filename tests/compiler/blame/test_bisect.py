@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,12 +21,12 @@ from llmc.compiler.blame import bisect
 from llmc.compiler.blame.reproducer import reproduce
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.cli import app
-from llmc.compiler.errors import LlmcError
+from llmc.compiler.errors import InternalError, LlmcError
 from llmc.compiler.planning import plan
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.verification import verify
-from llmc.passes.base import Context
-from llmc.passes.graph import copy_graph, from_model, metadata, save_model
+from llmc.passes.base import Context, PassResult
+from llmc.passes.graph import Graph, copy_graph, from_model, metadata, save_model
 from llmc.passes.precision.quantize_int8 import QuantizeInt8
 
 TEXT = """<ir_version: 10, opset_import: ["": 20]> g (float[N,16] x) => (float[N,16] y) {
@@ -105,6 +107,33 @@ def test_a_budget_that_holds_leaves_nothing(place: Path) -> None:
     assert done.exit_code == 0
     assert "No rewrite breaks the budget" in done.stdout
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["in the compile", "in a part of it"])
+def test_a_pass_that_crashes_is_told_as_by_compile(partial: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the whole compile, or only where it may not do all of its rewrites: the command crashes the same way."""
+    sound = QuantizeInt8.run
+
+    def bug(step: QuantizeInt8, graph: Graph, context: Context) -> PassResult:
+        if partial and context.ledger.stop_after is None:
+            return sound(step, graph, context)
+        raise ZeroDivisionError(f"planted, to stop after {context.ledger.stop_after}")
+
+    monkeypatch.setattr(QuantizeInt8, "run", bug)
+    words = ["bisect", str(place / "model.onnx"), *options(place), "--set", "verify.on_failure=warn"]
+    told = "quantize-int8, crashed: ZeroDivisionError: planted, to stop after " + (r"\d" if partial else "None")
+    with pytest.raises(InternalError, match=f"pass 3, {told}") as first:
+        app(words, standalone_mode=False)
+    repro = place / "out.failed/repro"
+    assert {p.name for p in repro.iterdir()} >= {"before.onnx", "inputs", "recipe.yaml", "traceback.txt"}
+    assert json.loads((place / "out.failed/manifest.json").read_text())["status"] == "crashed"
+    assert not (place / "out").exists()
+    again = shlex.split(str(first.value).splitlines()[-1])[1:]
+    line = str(first.value).splitlines()[0].replace("pass 3", "pass 1")  # it is alone in the recipe now
+    with pytest.raises(InternalError, match=re.escape(line)):
+        app(again, standalone_mode=False)
+    monkeypatch.undo()
+    app(again, standalone_mode=False)  # the bug is mended
 
 
 def test_evidence_and_artifacts_bring_their_recipe(place: Path) -> None:
