@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 
 import numpy as np
 
+from llmc.compiler.calibration_file import Statistics
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.session import Session
+from llmc.passes.base import Clipped
 from llmc.passes.graph import Array, Graph, shape_of
 from llmc.passes.precision.levels import LEVELS
 
@@ -159,7 +162,12 @@ class SampledActivations:
         source: str = "the calibration data",
         random: bool = False,
         digest: str | None = None,
+        known: Statistics | None = None,
     ) -> None:
+        self.known = known
+        """What clipping points are taken from, where an earlier compile has measured them: no sample is run."""
+        self.calibrated: dict[str, Clipped] = {}
+        """Tensor → the last answer of `amax`."""
         self.digest = digest
         """Of all that the samples are made of; None where that is not known, and nothing of it can be remembered."""
         self.samples = samples
@@ -174,8 +182,18 @@ class SampledActivations:
         """For each tensor the magnitude that a symmetric quantizer should clip at; 0 where it is 0 throughout.
 
         Uses the first `samples` samples, or all where there are fewer (and says so in `warnings`). Raises
-        LlmcError where there is no sample, or where a tensor is NaN or infinite on one.
+        LlmcError where there is no sample, or where a tensor is NaN or infinite on one, and where earlier statistics
+        are to answer and cannot.
         """
+        percentile = percentile if method == "percentile" else 100.0
+        answer = self.known.answer if self.known else partial(self._measure, graph)
+        found = answer(tensors, method, percentile, samples)
+        self.calibrated |= found
+        return {tensor: clipped.clip for tensor, clipped in found.items()}
+
+    def _measure(
+        self, graph: Graph, tensors: Sequence[str], method: str, percentile: float, samples: int
+    ) -> dict[str, Clipped]:
         clip = _clipping(method, percentile)
         histograms = {tensor: Histogram() for tensor in tensors}
         number = 0
@@ -189,7 +207,10 @@ class SampledActivations:
                 histograms[tensor].add(value)
         if number < samples:
             self._warn(f"calibration asked for {samples} samples, {self.source} has {number}: used them all")
-        return {tensor: clip(h) if h.amax else 0.0 for tensor, h in histograms.items()}
+        return {
+            tensor: Clipped(method, percentile, number, h.amax, clip(h) if h.amax else 0.0)
+            for tensor, h in histograms.items()
+        }
 
     def absolute_maximum(self, graph: Graph, tensors: Sequence[str]) -> dict[str, float]:
         """The largest magnitude of each tensor over all samples; infinity or NaN where it gets there."""

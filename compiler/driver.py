@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from llmc.compiler import pipeline
+from llmc.compiler import calibration_file, pipeline
 from llmc.compiler.artifact import artifact, check_place, write_manifest
 from llmc.compiler.cache import builds
 from llmc.compiler.cache.memory import Memory, State, open_memory
@@ -108,6 +108,7 @@ def _run(
         _check_precision(run, graph, report)
         report.timings.total = time.perf_counter() - started
         write(report, folder)
+        calibration_file.write(folder, made.loaded.digest, run.sections)
         if made.loaded.task == TEXT_GENERATION and made.loaded.tokenizer is not None:
             copy_tokenizer(made.loaded.tokenizer, folder)
         (folder / "recipe.yaml").write_text(made.recipe.resolved_yaml(), encoding="utf-8")

@@ -132,6 +132,10 @@ def _write_recipe(
     """The recipe with these of its passes alone, verified on the samples given, and with another target."""
     document = recipe.document()
     document["passes"] = document["passes"][passes]
+    for step in document["passes"]:  # earlier statistics hold for the source alone, not for the graphs kept here
+        parameters = next(iter(step.values())) if isinstance(step, dict) else {}
+        if "statistics" in parameters.get("calibration", {}):
+            parameters["calibration"]["statistics"] = None
     document["target"]["kind"] = kind
     document["verify"]["samples"] = max(len(given.verification), 1)
     keys = {step.key() for step in recipe.passes[passes]}

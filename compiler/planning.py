@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmc.compiler import data, versions
+from llmc.compiler import calibration_file, data, versions
+from llmc.compiler.artifact import sha256
+from llmc.compiler.cache.keys import key_of
 from llmc.compiler.cache.memory import NOTHING, Memory
+from llmc.compiler.calibration_file import Section, Statistics
 from llmc.compiler.data import Samples
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Loaded, load
@@ -35,6 +38,8 @@ class Plan:
     """Key of each pass that needs activations → the samples it gets."""
     tokenizer: Path | None
     warnings: list[str]
+    statistics: dict[int, Statistics] = field(default_factory=dict)
+    """Position of each pass whose recipe names earlier statistics → these."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, object]:
@@ -51,6 +56,28 @@ class Plan:
             "warnings": [*loaded.notes, *self.warnings],
         }
 
+    def statistics_of(self, step: Pass) -> Statistics | None:
+        """Those that a pass of the recipe takes its clipping points from."""
+        known = (self.statistics.get(i) for i, other in enumerate(self.recipe.passes) if other is step)
+        return next(known, None)
+
+    def section(self, position: int) -> Section:
+        """Which statistics the pass at `position` of the recipe makes, or takes; without its tensors."""
+        if position in self.statistics:
+            return self.statistics[position].section
+        key = self.recipe.passes[position].key()
+        samples = self.calibration[key]
+        return Section(key, self.history(position), samples.name, samples.digest)
+
+    def history(self, position: int) -> str:
+        """Digest of the passes before `position` and of what they calibrate on: what tensors look like there."""
+        before: list[object] = []
+        for index, step in enumerate(self.recipe.passes[:position]):
+            parameters = step.model_dump(mode="json", exclude={"calibration": {"data", "statistics"}})
+            data = self.section(index).sha256 if hasattr(step, "calibration") else ""
+            before.append([step.key(), parameters, data])
+        return key_of(before)
+
     def about(self) -> dict[str, object]:
         """What the manifest says beside the digests of the artifact's files."""
         loaded = self.loaded
@@ -60,6 +87,9 @@ class Plan:
             "recipe": {"name": self.recipe.name, "sha256": self.recipe.digest()},
             "verification": {"name": self.verification.name, "sha256": self.verification.digest},
             "calibration": {key: {"name": s.name, "sha256": s.digest} for key, s in self.calibration.items()},
+            "statistics": {
+                s.section.key: {"name": s.path.name, "sha256": sha256(s.path)} for s in self.statistics.values()
+            },
             "versions": versions.collect(loaded.kind, self.target.versions),
         }
 
@@ -122,6 +152,10 @@ def plan(
     for step in recipe.passes:
         if "activations" in step.needs:
             made.calibration[step.key()] = _calibration(made, step)
+    for position, step in enumerate(recipe.passes):
+        path = getattr(getattr(step, "calibration", None), "statistics", None)
+        if path is not None:
+            made.statistics[position] = calibration_file.read(path, loaded.digest, step.key(), made.history(position))
     made.seconds["load"] = time.perf_counter() - started
     return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from llmc.compiler import pipeline, versions
 from llmc.compiler.cache.keys import key_of
 from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.calibrate import SampledActivations
+from llmc.compiler.calibration_file import Section
 from llmc.compiler.evidence import Given
 from llmc.compiler.planning import Plan, quiet
 from llmc.compiler.precision import Asked, fallbacks
@@ -51,6 +52,8 @@ class Run:
     cached: list[str] = field(default_factory=list)
     """Steps that were found in the cache."""
     steps: list[PassReport] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+    """Of `calibration.json`."""
     asked: Asked = field(default_factory=Asked)
     verification_seconds: dict[str, float] = field(default_factory=dict)
     task: TaskReport | None = None
@@ -64,8 +67,15 @@ class Run:
         """What a pass that calibrates learns of its data."""
         samples = self.plan.calibration[step.key()]
         loud = samples.random and getattr(step, "calibration", None) is not None
-        digest = key_of(samples.digest, len(samples), samples.name, loud, self.loaded.end.digest)
-        return SampledActivations(samples, samples.name, random=loud, digest=digest)
+        known = self.plan.statistics_of(step)
+        digest = key_of(samples.digest, len(samples), samples.name, loud, self.loaded.end.digest, known)
+        return SampledActivations(samples, samples.name, random=loud, digest=digest, known=known)
+
+    def calibrated(self, step: pipeline.Step) -> None:
+        """Keep what a finished step asked of its calibration data."""
+        if step.result.calibrated:
+            section = self.plan.section(step.index - 1)
+            self.sections.append(replace(section, tensors=step.result.calibrated))
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -58,6 +58,7 @@ def _run_pass(run: Run, start: State, index: int, step_pass: Pass, ledger: Ledge
     line = pass_report(step, run.plan.recipe, verdict)
     run.steps.append(line)
     run.asked.remember(step.result)
+    run.calibrated(step)
     if attempt is not None:
         line.status, line.reason = "rolled back", f"{attempt.reason}, because {'; '.join(broken)}"
         line.left_out = [RewriteLine(**vars(rewrite)) for rewrite in attempt.left_out]

@@ -61,6 +61,20 @@ class TradeOff:
     chosen: bool = False
 
 
+@dataclass(frozen=True)
+class Clipped:
+    """Where the symmetric quantizer of one tensor should clip, by its values on calibration data."""
+
+    method: str
+    percentile: float
+    """What 'percentile' was asked for; 100 with other methods."""
+    samples: int
+    amax: float
+    """The largest magnitude."""
+    clip: float
+    """The magnitude to clip at; 0 where the tensor is 0 throughout."""
+
+
 @dataclass
 class PassResult:
     """What a pass did: rewrites, near misses, and for changes of precision what each node was asked to be."""
@@ -75,6 +89,8 @@ class PassResult:
     warnings: list[str] = field(default_factory=list)
     frontier: list[TradeOff] = field(default_factory=list)
     """What a search over precisions has measured, the cheapest first."""
+    calibrated: dict[str, Clipped] = field(default_factory=dict)
+    """Tensor → what calibration data said of it; filled in by whoever runs the pass."""
 
 
 class Ledger:

@@ -181,7 +181,7 @@ class Investigation:
 
     def _provide(self, step: Pass) -> SampledActivations:
         samples = self.plan.calibration[step.key()]
-        return SampledActivations(samples, samples.name)
+        return SampledActivations(samples, samples.name, known=self.plan.statistics_of(step))
 
     def _begin(self, index: int, step: Pass) -> None:
         self.progress(f"pass {index} of {len(self.plan.recipe.passes)}: {step.key()}")

@@ -110,7 +110,7 @@ class _Remembered(SampledActivations):
     """Statistics that answer the same question about the same graph from memory."""
 
     def __init__(self, inner: SampledActivations) -> None:
-        super().__init__(inner.samples, inner.source)
+        super().__init__(inner.samples, inner.source, known=inner.known)
         self.answers: dict[tuple[object, ...], dict[str, float]] = {}
         self.held: list[Structure] = []
         """Graphs asked about: while they are held, the ids of their weights are not used again."""

@@ -146,7 +146,8 @@ def _recipe(part: Part, guilty: Guilty, recipe: Recipe) -> dict[str, object]:
     document = recipe.document()
     step = document["passes"][guilty.pass_index - 1]
     if isinstance(step, dict) and "calibration" in step[guilty.key]:
-        step[guilty.key]["calibration"]["data"] = None
+        section = step[guilty.key]["calibration"]
+        section |= dict.fromkeys({"data", "statistics"} & section.keys())
     sizes: dict[str, int] = {}
     for tensor in part.before.inputs:
         named = zip(shape_of(tensor) or (), part.inputs[tensor.name].shape, strict=True)

@@ -23,4 +23,13 @@ class Clipping(Calibration):
     method: Literal["minmax", "percentile", "entropy", "mse"] = Field(
         "mse", description="How to choose where activations clip."
     )
+    statistics: Path | None = Field(
+        None,
+        description="calibration.json of an earlier compile: scales are taken from it, and no data is run for them.",
+    )
     percentile: float = Field(99.99, gt=0, le=100, description="Percent of values left unclipped by 'percentile'.")
+
+    @property
+    def scales_alone(self) -> bool:
+        """Whether scales are known from earlier, and there is no data to learn anything else from."""
+        return self.statistics is not None and self.data is None

@@ -62,6 +62,10 @@ class QuantizeProducts(SelectivePass):
                 loud.append(index)
             else:
                 result.kept[product.node.name] = f"its input '{silent}' is 0 throughout the calibration data"
+        if self.correct_bias and self.calibration.scales_alone:
+            result.warnings.append(
+                "biases are not corrected: that needs calibration.data beside calibration.statistics"
+            )
         measured = self._measure(graph, loud, amax, context)
         inserter, biases = Inserter(graph, self.levels), []
         for index in loud:
@@ -98,7 +102,7 @@ class QuantizeProducts(SelectivePass):
 
     def _measure(self, graph: Graph, chosen: list[int], amax: Mapping[str, float], context: Context) -> dict[int, Loss]:
         """What each chosen product, by its place in the survey, loses by it while all before it is float."""
-        if not chosen or not self.correct_bias or context.activations is None:
+        if not chosen or not self.correct_bias or context.activations is None or self.calibration.scales_alone:
             return {}
         twin = copy_graph(graph)
         found, _ = self._survey(twin)

@@ -72,7 +72,8 @@ def test_a_lock_has_what_went_in_and_what_came_out(project: Path) -> None:
     assert locked["recipe"]["verify"]["inputs"] == "samples"  # by name: a lock is the same on every machine
     assert locked["verification"] == {"name": "samples", "sha256": sha256(project / "samples/0.npz")}
     assert locked["versions"]["onnx"] == onnx.__version__
-    assert locked["outputs"] == {"model.onnx": sha256(project / "out/model.onnx")}
+    made = ("calibration.json", "model.onnx")
+    assert locked["outputs"] == {name: sha256(project / "out" / name) for name in made}
     written = (project / "llmc.lock").read_bytes()
     assert not llmc("--lock", "--no-cache")
     assert (project / "llmc.lock").read_bytes() == written

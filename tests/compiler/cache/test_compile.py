@@ -38,7 +38,7 @@ def test_an_unchanged_compile_does_nothing_again_and_says_so(model: Path, tmp_pa
     without = compiled(model, tmp_path / "without", cached=False)
     assert (cached(first), cached(second), cached(without)) == ([], ALL, [])
     assert content(first) == content(second) == content(without)
-    assert len(check_artifact(second)) == 6
+    assert len(check_artifact(second)) == 7
 
 
 def test_an_unchanged_compile_imports_nothing_heavy(model: Path, tmp_path: Path) -> None:
