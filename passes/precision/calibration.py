@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Calibration(BaseModel):
@@ -28,6 +28,13 @@ class Clipping(Calibration):
         description="calibration.json of an earlier compile: scales are taken from it, and no data is run for them.",
     )
     percentile: float = Field(99.99, gt=0, le=100, description="Percent of values left unclipped by 'percentile'.")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _no_moving_average(cls, method: object) -> object:
+        if method in ("moving-average", "moving_average"):
+            raise ValueError("a moving average depends on the order of the samples and on their batches: use 'minmax'")
+        return method
 
     @property
     def scales_alone(self) -> bool:

@@ -180,3 +180,10 @@ def test_what_is_no_such_file_is_refused(content: bytes, model: Path) -> None:
     broken.write_bytes(content)
     with pytest.raises(LlmcError, match=r"is no calibration\.json of llmc"):
         compiled(model, "second", f"{STATISTICS}={broken}")
+
+
+@pytest.mark.parametrize("method", ["moving-average", "moving_average"])
+def test_a_moving_average_is_refused_with_the_reason(method: str, model: Path) -> None:
+    recipe = Recipe.load(model.parent / "recipe.yaml")
+    with pytest.raises(LlmcError, match="depends on the order of the samples"):
+        recipe.with_settings([f"passes.quantize-int8.calibration.method={method}"])
