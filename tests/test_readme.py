@@ -100,7 +100,10 @@ def test_the_python_of_the_readme(place: Path) -> None:
     run(f"{sys.executable} readme.py", place)
 
 
-@pytest.mark.parametrize("recipe", ["optimize", "fp16", "bf16", "int8", "fp8", "int4", "onnx-int8"])
+SLOW_RECIPES = [pytest.param(name, marks=pytest.mark.slow) for name in ("optimize", "bf16", "int4", "onnx-int8")]
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "fp8", *SLOW_RECIPES])
 def test_every_shipped_recipe_builds_an_engine(recipe: str, place: Path) -> None:
     """The two for MiniLM are in test_minilm.py."""
     texts = "--calibration texts.txt" if recipe[-1] in "48" else "--verify-inputs texts.txt"
