@@ -181,6 +181,9 @@ class Rewrite(ABC):
     """One rule. `opset` is the lowest that has every operator of `replace`."""
 
     opset: ClassVar[int] = 1
+    newest_opset: ClassVar[int] = 1_000
+    """Above this one the rule holds back, because `too_new`."""
+    too_new: ClassVar[str] = ""
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
     """Floating types that the rule is proved in."""
     symbolic: ClassVar[bool] = True

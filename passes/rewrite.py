@@ -89,10 +89,9 @@ def apply_rule(
     `places` are those of the graph as it is, and will be again.
     """
     places = places or Places(graph)
-    if graph.opset < rule.opset and any(Search(rule, place, graph.opset).matches() for place in places):
-        problem: str | None = f"it needs opset {rule.opset}, and the graph of opset {graph.opset} is not to be raised"
-        if rule.opset <= newest_opset:
-            problem = raise_opset(graph, rule.opset)
+    fits = rule.opset <= graph.opset <= rule.newest_opset
+    if not fits and any(Search(rule, place, graph.opset).matches() for place in places):
+        problem = _bring_to_opset(graph, rule, newest_opset)
         if problem is not None:
             result.near_misses.append(NearMiss(rule.name, "", problem))
             return
@@ -101,6 +100,15 @@ def apply_rule(
     changed = [_apply_in_place(rule, graph, place, context, result) for place in places]
     if any(changed):
         places.renew()
+
+
+def _bring_to_opset(graph: Graph, rule: Rewrite, newest_opset: int) -> str | None:
+    """Raise a graph so that it can hold what the rule makes; None when it can, else why it cannot."""
+    if graph.opset > rule.newest_opset:
+        return f"the graph has opset {graph.opset}, and {rule.too_new}"
+    if rule.opset > newest_opset:
+        return f"it needs opset {rule.opset}, and the graph of opset {graph.opset} is not to be raised"
+    return raise_opset(graph, rule.opset)
 
 
 def _apply_in_place(rule: Rewrite, graph: Graph, place: Place, context: Context, result: PassResult) -> bool:

@@ -12,10 +12,18 @@ from llmc.passes.graph import onnx_dtype
 from llmc.passes.rewrite import NEWEST_OPSET, Attribute, Rewrite, RewritePass, Scalar
 
 
-class SwishPlain(Rewrite):
-    """x · sigmoid(x): SiLU."""
+class _ToSwish(Rewrite):
+    """ONNX Runtime has no kernel for Swish: it takes the function's body, which ONNX gives for opset 24 alone.
 
-    opset = 24
+    Constant and CastLike, of which the body is made, are others from opset 25 on.
+    """
+
+    opset = newest_opset = 24
+    too_new = "above 24 no runtime can spell Swish out: its definition is made of operators as they were then"
+
+
+class SwishPlain(_ToSwish):
+    """x · sigmoid(x): SiLU."""
 
     def pattern(self, op: Any, x: Any) -> Any:
         return op.Mul(x, op.Sigmoid(x))
@@ -31,10 +39,8 @@ class SwishFromExp(SwishPlain):
         return op.Div(x, op.Add(op.Exp(op.Neg(x)), 1.0))
 
 
-class SwishAlpha(Rewrite):
+class SwishAlpha(_ToSwish):
     """x · sigmoid(α · x): quick GELU where α is 1.702."""
-
-    opset = 24
 
     def pattern(self, op: Any, x: Any, alpha: Scalar) -> Any:
         return op.Mul(x, op.Sigmoid(op.Mul(x, alpha)))
@@ -133,7 +139,8 @@ class FuseSwish(RewritePass):
     `Mul(x, Tanh(Softplus(x)))` → `Mish(x)`.
 
     Swish came with opset 24. A graph of an older one keeps Mul and Sigmoid unless it may be raised: TensorRT makes one
-    kernel of both forms, and older runtimes do not read opset 24.
+    kernel of both forms, and older runtimes do not read opset 24. One of a newer opset keeps them too: ONNX Runtime has
+    no kernel for Swish, and above opset 24 ONNX gives it no body to take instead.
 
     **Safety:** tolerance; the same function, rounded fewer times (float32: 1e-6 of the largest value).
 

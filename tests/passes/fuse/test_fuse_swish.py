@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
-from llmc.passes.base import Context
+from llmc.compiler.session import Session
+from llmc.passes.base import Context, LlmcError
 from llmc.passes.fuse.fuse_swish import FuseSwish
+from llmc.passes.graph import from_model
 
 HEAD = (
     "(float[N,4] x{inputs}) => (float[N,4] y{more}) <float one = {{1}}, float k = {{{k}}}, float three = {{{three}}}, "
@@ -118,3 +123,29 @@ def test_the_opset_is_raised_only_where_asked_for(leaves_alone: Any, fires: Any)
     reason = "it needs opset 24, and the graph of opset 23 is not to be raised"
     leaves_alone(FuseSwish(), model(SILU), reason, opset=23)
     fires(FuseSwish(), model(SILU), ["Swish"], opset=24)
+
+
+def test_holds_back_where_onnx_runtime_would_not_run_it(leaves_alone: Any, fires: Any) -> None:
+    reason = (
+        "the graph has opset 25, and above 24 no runtime can spell Swish out: its definition is made of operators as "
+        "they were then"
+    )
+    for body in (
+        SILU,
+        "n = Neg(x) e = Exp(n) d = Add(one, e) y = Div(x, d)",
+        "p = Mul(k, x) s = Sigmoid(p) y = Mul(x, s)",
+    ):
+        leaves_alone(FuseSwish(raise_opset=True), model(body), reason, opset=25)
+    fires(FuseSwish(), model("p = Softplus(x) t = Tanh(p) y = Mul(x, t)"), ["Mish"], opset=25)
+
+
+def test_that_onnx_runtime_runs_swish_at_opset_24_alone() -> None:
+    """The reason for holding back: mend the rule when this fails."""
+    for opset, runs in ((24, True), (25, False)):
+        graph = from_model(
+            onnx.parser.parse_model(
+                f'<ir_version: 11, opset_import: ["" : {opset}]> g (float[3] x) => (float[3] y) {{ y = Swish(x) }}'
+            )
+        )
+        with nullcontext() if runs else pytest.raises(LlmcError, match="implementation for Swish"):
+            Session(graph).run({"x": np.ones(3, np.float32)})
