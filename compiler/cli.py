@@ -71,7 +71,8 @@ def compile_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; repeatable.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(metavar="DATA", help="Calibration data: folder of .npz, or text, one sample a line.")
+        Path | None,
+        typer.Option(metavar="DATA", help="Calibration data: folder of .npz or images, or text, one sample a line."),
     ] = None,
     verify_inputs: Annotated[
         Path | None, typer.Option(metavar="DATA", help="Verification data, as for --calibration.")

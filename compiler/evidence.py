@@ -31,6 +31,7 @@ class Given:
     calibration: Samples | None = None
     """Of the failed step, where it calibrates."""
     tokenizer: Path | None = None
+    processor: Path | None = None
 
 
 def evidence_place(output: Path) -> Path:
@@ -136,6 +137,7 @@ def _write_recipe(
         parameters = next(iter(step.values())) if isinstance(step, dict) else {}
         if "statistics" in parameters.get("calibration", {}):
             parameters["calibration"]["statistics"] = None
+    document["model"]["processor"] = str(given.processor) if given.processor else None
     document["target"]["kind"] = kind
     document["verify"]["samples"] = max(len(given.verification), 1)
     keys = {step.key() for step in recipe.passes[passes]}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmc.compiler import calibration_file, data, versions
 from llmc.compiler.artifact import sha256
-from llmc.compiler.cache.keys import key_of
+from llmc.compiler.cache.keys import code_digest, key_of
 from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.calibration_file import Section, Statistics
 from llmc.compiler.data import Samples
@@ -19,6 +19,7 @@ from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes,
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.targets import Profile, Progress, Target, resolve
 from llmc.passes.base import Pass
+from llmc.passes.graph import shape_of
 
 
 def quiet(_phase: str) -> None:
@@ -40,6 +41,8 @@ class Plan:
     warnings: list[str]
     statistics: dict[int, Statistics] = field(default_factory=dict)
     """Position of each pass whose recipe names earlier statistics → these."""
+    processor: Path | None = None
+    """The folder that says how images are prepared."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, object]:
@@ -90,8 +93,13 @@ class Plan:
             "statistics": {
                 s.section.key: {"name": s.path.name, "sha256": sha256(s.path)} for s in self.statistics.values()
             },
-            "versions": versions.collect(loaded.kind, self.target.versions),
+            "versions": self.versions(),
         }
+
+    def versions(self) -> dict[str, str]:
+        """Package → version: of all that have a say."""
+        packages = {name for samples in (self.verification, *self.calibration.values()) for name in samples.packages}
+        return versions.collect(self.loaded.kind, self.target.versions, packages)
 
     def longest(self) -> int | None:
         """Tokens that a text may have; None where nothing limits them."""
@@ -146,12 +154,13 @@ def plan(
     declare_inputs(loaded.graph, recipe)
     profiles, notes = resolve_profiles(loaded, recipe)
     made = Plan(recipe, loaded, profiles, target, _no_samples(), {}, tokenizer or loaded.tokenizer, notes)
+    made.processor = recipe.model.processor or loaded.processor
     section = recipe.verify
     sizes = verified_sizes(profiles, section.samples, section.seed)
-    made.verification = _samples(made, section.inputs, section.samples, sizes)
+    made.verification = _samples(made, section.inputs, section.samples, sizes, memory)
     for step in recipe.passes:
         if "activations" in step.needs:
-            made.calibration[step.key()] = _calibration(made, step)
+            made.calibration[step.key()] = _calibration(made, step, memory)
     for position, step in enumerate(recipe.passes):
         path = getattr(getattr(step, "calibration", None), "statistics", None)
         if path is not None:
@@ -174,22 +183,33 @@ def _no_samples() -> Samples:
     return Samples("", "", True, 0, lambda _number: {})
 
 
-def _samples(made: Plan, path: Path | None, count: int, sizes: Sequence[Mapping[str, int]]) -> Samples:
+def _samples(made: Plan, path: Path | None, count: int, sizes: Sequence[Mapping[str, int]], memory: Memory) -> Samples:
     """At most `count` samples from `path`, or as many generated ones in turn of `sizes`; each fits a profile."""
     graph = made.loaded.graph
     if path is None:
         section = made.recipe.verify
         vocabulary, ranges = made.loaded.vocabulary, section.ranges
         return data.generate(graph, sizes, vocabulary=vocabulary, seed=section.seed, count=count, ranges=ranges)
-    found = data.from_path(path, graph, made.tokenizer, made.longest()).first(count)
-    check_sizes(graph, found, made.profiles, str(path))
+    found = data.from_path(path, graph, made.tokenizer, made.longest(), made.processor).first(count)
+    inputs = [(tensor.name, str(tensor.dtype), shape_of(tensor)) for tensor in graph.inputs]
+    parts = (
+        found.digest,
+        len(found),
+        inputs,
+        made.profiles,
+        code_digest(data.__name__),
+        versions.installed(["tokenizers"]),
+    )
+    if memory.find("samples", *parts) is None:
+        check_sizes(graph, found, made.profiles, str(path))
+        memory.keep("samples", parts, {})
     return found
 
 
-def _calibration(made: Plan, step: Pass) -> Samples:
+def _calibration(made: Plan, step: Pass, memory: Memory) -> Samples:
     """What the pass's own parameters name; where they name nothing, the verification samples."""
     wanted = getattr(step, "calibration", None)
     if wanted is None:
         return made.verification
     path = None if wanted.data is None else Path(wanted.data)
-    return _samples(made, path, wanted.samples, generated_sizes(made.profiles[0]))
+    return _samples(made, path, wanted.samples, generated_sizes(made.profiles[0]), memory)

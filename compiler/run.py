@@ -61,7 +61,7 @@ class Run:
     def given(self, key: str = "") -> Given:
         """What evidence needs of the compile; `key` is that of a pass whose calibration data it needs."""
         made = self.plan
-        return Given(made.verification, made.calibration.get(key), made.tokenizer)
+        return Given(made.verification, made.calibration.get(key), made.tokenizer, made.processor)
 
     def activations(self, step: Pass) -> SampledActivations:
         """What a pass that calibrates learns of its data."""
@@ -124,7 +124,7 @@ class Run:
             ),
             target=target,
             warnings=[*loaded.notes, *made.warnings, *fallbacks(precision)],
-            versions=versions.collect(loaded.kind, made.target.versions),
+            versions=made.versions(),
             timings=Timings(total=0.0, steps=made.seconds, verification=self.verification_seconds, cached=self.cached),
         )
 

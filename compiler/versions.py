@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from importlib import metadata
 
 ALWAYS = ("llmc-compiler", "ml-dtypes", "numpy", "onnx", "onnxruntime")
@@ -14,7 +15,16 @@ def llmc_version() -> str:
     return metadata.version("llmc-compiler")
 
 
-def collect(kind: str, target: Mapping[str, str]) -> dict[str, str]:
-    """Package → version: what every compile uses, what the loader of `kind` uses, and what the target says."""
-    names = (*ALWAYS, *(HUGGINGFACE if kind == "huggingface" else ()))
-    return {name: metadata.version(name) for name in sorted(names)} | dict(sorted(target.items()))
+def collect(kind: str, target: Mapping[str, str], others: Collection[str] = ()) -> dict[str, str]:
+    """Package → version: of what every compile uses, the loader of `kind`, and `others`; and what the target says."""
+    names = {*ALWAYS, *(HUGGINGFACE if kind == "huggingface" else ())}
+    return {name: metadata.version(name) for name in sorted(names)} | installed(others) | dict(sorted(target.items()))
+
+
+def installed(packages: Collection[str]) -> dict[str, str]:
+    """Package → version, of those that are installed."""
+    found = {}
+    for name in sorted(packages):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

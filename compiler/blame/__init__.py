@@ -50,7 +50,7 @@ def bisect(
     try:
         return _bisect(plan, output, budget, sensitivity, scan, force, progress)
     except PassCrash as crash:
-        given = Given(plan.verification, plan.calibration.get(crash.step.key), plan.tokenizer)
+        given = Given(plan.verification, plan.calibration.get(crash.step.key), plan.tokenizer, plan.processor)
         raise crash_error(output, plan.recipe, crash, given, None) from crash
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.compiler.data.fit import fit
 from llmc.compiler.data.samples import Samples
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Feeds, digest_files
@@ -61,47 +62,9 @@ def _read_npz(path: Path, inputs: Sequence[Tensor]) -> dict[str, Array]:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile) and len(inputs) == 1:
-                archive = _Single(inputs[0].name, archive)
+                archive = {inputs[0].name: archive}
             elif not isinstance(archive, np.lib.npyio.NpzFile):
                 raise LlmcError(f"{path} is a single array (.npy), not an .npz file with one array per input")
-            missing = [tensor.name for tensor in inputs if tensor.name not in archive.files]
-            if missing:
-                raise LlmcError(
-                    f"{path} has no array '{missing[0]}' for that input; it has: {', '.join(archive.files)}"
-                )
-            arrays = {tensor.name: archive[tensor.name] for tensor in inputs}
+            return fit(archive, inputs, path)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise LlmcError(f"{path} is not an .npz file of plain arrays: {error}") from error
-    sizes: dict[str, tuple[str, int]] = {}
-    return {tensor.name: _fit(arrays[tensor.name], tensor, path, sizes) for tensor in inputs}
-
-
-class _Single(dict[str, Array]):
-    """The one array of a .npy file, as an archive."""
-
-    def __init__(self, name: str, array: Array) -> None:
-        super().__init__({name: array})
-        self.files = [name]
-
-
-def _fit(array: Array, tensor: Tensor, path: Path, sizes: dict[str, tuple[str, int]]) -> Array:
-    """The array in the input's dtype, once its dtype and shape are found to fit."""
-    where = f"{path}: array '{tensor.name}'"
-    if tensor.dtype is not None and not np.can_cast(array.dtype, tensor.dtype, "safe"):
-        raise LlmcError(f"{where} is {array.dtype}, the model takes {np.dtype(tensor.dtype)}; save it as that")
-    shape = shape_of(tensor)
-    if shape is not None:
-        if array.ndim != len(shape):
-            raise LlmcError(f"{where} has shape {array.shape}, the model takes {len(shape)} dimensions {_text(shape)}")
-        for axis, (size, wanted) in enumerate(zip(array.shape, shape, strict=True)):
-            if isinstance(wanted, int) and size != wanted:
-                raise LlmcError(f"{where} has shape {array.shape}, but axis {axis} must be {wanted} in {_text(shape)}")
-            if isinstance(wanted, str):
-                other, known = sizes.setdefault(wanted, (tensor.name, size))
-                if known != size:
-                    raise LlmcError(f"{where}: '{wanted}' is {size}, but {known} in array '{other}'")
-    return array if tensor.dtype is None else array.astype(tensor.dtype, copy=False)
-
-
-def _text(shape: Sequence[int | str | None]) -> str:
-    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"

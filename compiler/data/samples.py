@@ -29,6 +29,8 @@ class Samples:
     count: int
     make: Callable[[int], Feeds]
     """The sample of an index below `count`."""
+    packages: tuple[str, ...] = ()
+    """Whose versions have a say in the values; they count in the digest."""
 
     def __len__(self) -> int:
         return self.count

@@ -45,6 +45,8 @@ class Loaded:
     """Number of token ids; generated token inputs stay below it."""
     tokenizer: Path | None = None
     """The folder that holds the model's tokenizer."""
+    processor: Path | None = None
+    """The folder that says how the model's images are prepared."""
     reference: Callable[[Feeds], dict[str, Array]] | None = None
     """Runs the source model itself (torch) on one set of inputs; what the graph is proved against."""
     notes: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Cache, Feeds, Loaded, Progress, digest_files
 from llmc.compiler.loaders.checkpoint import Checkpoint, open_checkpoint
 from llmc.compiler.loaders.hub import SETTINGS
+from llmc.compiler.loaders.images import configuration
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.sentence_transformers import Head, is_sentence_transformer, read_head, transformer_folder
 from llmc.compiler.loaders.tasks import SENTENCE_EMBEDDING, TASKS, check_task, infer_task, task_of
@@ -69,6 +70,7 @@ def load_huggingface(
         limits=about["limits"],
         vocabulary=about["vocabulary"],
         tokenizer=tokenizer,
+        processor=next((place for place in (folder, checkpoint.folder) if configuration(place)), None),
         reference=model.run,
         notes=[*_dtype_notes(checkpoint), *about["notes"]],
         cached=cached,

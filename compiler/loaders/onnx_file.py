@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from llmc.compiler.data import index_bounds
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Loaded, digest_files
+from llmc.compiler.loaders.images import configuration
 from llmc.passes.graph import FileRegion, Graph, Weights, constants, from_model
 
 OPSETS = range(7, 27)
@@ -46,6 +47,7 @@ def load_onnx(path: Path, *, task: str | None = None, opset: int | None = None) 
         task=task,
         vocabulary=index_bounds(graph).get("input_ids"),
         tokenizer=path.parent if (path.parent / "tokenizer.json").is_file() else None,
+        processor=path.parent if configuration(path.parent) else None,
     )
 
 

@@ -70,7 +70,7 @@ class Recipe:
             raise source.error(faults)
         return cls(
             name=name,
-            model=document.model,
+            model=_anchored(document.model, folder),
             passes=tuple(_anchored(step, folder) for step in passes.values()),
             target=document.target,
             verify=_anchored(document.verify, folder),
@@ -128,7 +128,8 @@ class Recipe:
 
     def check_data(self) -> None:
         """Raises LlmcError where data that the recipe names is not there."""
-        sections = [(("verify",), self.verify), *((("passes", i, p.key()), p) for i, p in enumerate(self.passes))]
+        steps = ((("passes", i, p.key()), p) for i, p in enumerate(self.passes))
+        sections = [(("model",), self.model), (("verify",), self.verify), *steps]
         missing = [
             Fault(place, f"no such file or folder: {path}")
             for start, section in sections

@@ -139,6 +139,10 @@ class ModelSection(Section):
     inputs: dict[str, tuple[Annotated[int, Field(ge=1)] | DimensionName, ...]] = Field(
         {}, description="Input of an ONNX model → its dimensions, by name or size, in place of those in the file."
     )
+    processor: Path | None = Field(
+        None,
+        description="Folder with preprocessor_config.json, which says how images are prepared; null: the model's own.",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
 
@@ -217,7 +221,7 @@ class VerifySection(Section):
     """How each step is compared with the loaded model."""
 
     inputs: Path | None = Field(
-        None, description="Folder of .npz files, or text file with one sample a line; null: generated samples."
+        None, description="Folder of .npz files or images, or text, one sample a line; null: generated samples."
     )
     samples: int = Field(10, ge=1, description="Largest number of samples that are run.")
     seed: int = Field(0, ge=0, description="Of generated samples.")

@@ -13,7 +13,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    data: Path | None = Field(None, description="Folder of .npz files, or text file with one sample a line.")
+    data: Path | None = Field(None, description="Folder of .npz files or images, or text, one sample a line.")
     samples: int = Field(128, gt=0, description="Samples to use, from the first; all where there are fewer.")
 
 
