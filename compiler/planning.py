@@ -180,7 +180,7 @@ def _check_targets(recipe: Recipe, target: Target) -> None:
 
 
 def _no_samples() -> Samples:
-    return Samples("", "", True, 0, lambda _number: {})
+    return Samples("", "", True, 0, lambda: ())
 
 
 def _samples(made: Plan, path: Path | None, count: int, sizes: Sequence[Mapping[str, int]], memory: Memory) -> Samples:
@@ -190,7 +190,7 @@ def _samples(made: Plan, path: Path | None, count: int, sizes: Sequence[Mapping[
         section = made.recipe.verify
         vocabulary, ranges = made.loaded.vocabulary, section.ranges
         return data.generate(graph, sizes, vocabulary=vocabulary, seed=section.seed, count=count, ranges=ranges)
-    found = data.from_path(path, graph, made.tokenizer, made.longest(), made.processor).first(count)
+    found = data.from_path(path, graph, made.tokenizer, made.longest(), made.processor, count)
     inputs = [(tensor.name, str(tensor.dtype), shape_of(tensor)) for tensor in graph.inputs]
     parts = (
         found.digest,

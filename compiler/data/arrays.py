@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ def from_folder(path: Path, inputs: Sequence[Tensor]) -> Samples:
     for file in files:
         _read_npz(file, inputs)
     digest = digest_files({file.name: file for file in files})
-    return Samples(path.name, digest, False, len(files), lambda number: _read_npz(files[number], inputs))
+    return Samples(path.name, digest, False, len(files), lambda: (_read_npz(file, inputs) for file in files))
 
 
 def _single_arrays(path: Path, inputs: Sequence[Tensor]) -> list[Path]:
@@ -41,13 +41,14 @@ def from_rows(path: Path, inputs: Sequence[Tensor]) -> Samples:
     feeds = _read_npz(path, inputs)
     digest = digest_files({path.name: path})
     if not _has_common_batch(inputs):
-        return Samples(path.name, digest, False, 1, lambda _: feeds)
+        return Samples(path.name, digest, False, 1, lambda: [feeds])
     rows = next(iter(feeds.values())).shape[0]
     if not rows:
         raise LlmcError(f"{path} holds no samples: its arrays have 0 rows")
 
-    def make(number: int) -> Feeds:
-        return {name: array[number : number + 1] for name, array in feeds.items()}
+    def make() -> Iterator[Feeds]:
+        for row in range(rows):
+            yield {name: array[row : row + 1] for name, array in feeds.items()}
 
     return Samples(path.name, digest, False, rows, make)
 

@@ -54,7 +54,9 @@ def generate(
     def make(number: int) -> Feeds:
         return random_feeds(inputs, sizes[number % len(sizes)], bounds, np.random.default_rng([seed, number]), ranges)
 
-    return Samples("random inputs", hashlib.sha256(recipe.encode()).hexdigest(), True, count, make)
+    return Samples(
+        "random inputs", hashlib.sha256(recipe.encode()).hexdigest(), True, count, lambda: map(make, range(count))
+    )
 
 
 def random_feeds(

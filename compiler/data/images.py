@@ -39,7 +39,7 @@ def from_images(path: Path, graph: Graph, processor: Path | None) -> Samples:
     digests = [digest_files({file.name: file for file in group}) for group in (files, settings)]
     made_by = [f"{name} {version}" for name, version in versions.installed(PACKAGES).items()]
     digest = hashlib.sha256("\n".join([*digests, *made_by]).encode()).hexdigest()
-    return Samples(path.name, digest, False, len(files), lambda number: prepare(files[number]), PACKAGES)
+    return Samples(path.name, digest, False, len(files), lambda: map(prepare, files), PACKAGES)
 
 
 class Preparer:

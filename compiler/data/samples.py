@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from llmc.compiler.loaders import Feeds
 from llmc.passes.graph import Graph, Tensor, Variable
@@ -27,8 +28,8 @@ class Samples:
     random: bool
     """True where they were drawn, and say nothing about real data."""
     count: int
-    make: Callable[[int], Feeds]
-    """The sample of an index below `count`."""
+    make: Callable[[], Iterable[Feeds]]
+    """The samples from the first on, `count` or more."""
     packages: tuple[str, ...] = ()
     """Whose versions have a say in the values; they count in the digest."""
 
@@ -40,7 +41,7 @@ class Samples:
         return replace(self, count=min(count, self.count))
 
     def __iter__(self) -> Iterator[Feeds]:
-        return map(self.make, range(self.count))
+        return islice(self.make(), self.count)
 
 
 def graph_inputs(graph: Graph) -> list[Tensor]:

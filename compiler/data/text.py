@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def from_text(path: Path, graph: Graph, tokenizer: Path | None, limit_sequence: 
     digest = digest_files({path.name: path, file.name: file})
     if limit_sequence is not None:
         digest = hashlib.sha256(f"{digest} cut at {limit_sequence}".encode()).hexdigest()
-    return Samples(path.name, digest, False, len(lines), lambda number: encode(*lines[number]))
+    return Samples(path.name, digest, False, len(lines), lambda: starmap(encode, lines))
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:

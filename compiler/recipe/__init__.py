@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_jsonable_python
 
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.functions import is_function
 from llmc.compiler.recipe.checks import check_references
 from llmc.compiler.recipe.errors import plain_faults, suggestion
 from llmc.compiler.recipe.sections import Document, ModelSection, TargetSection, VerifySection
@@ -134,7 +135,7 @@ class Recipe:
             Fault(place, f"no such file or folder: {path}")
             for start, section in sections
             for place, path in _paths(section, start)
-            if not path.exists()
+            if not path.exists() and not is_function(path)
         ]
         if missing:
             raise self.source.error(missing)

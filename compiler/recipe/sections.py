@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from llmc.compiler.functions import IMPORT_PATH
 from llmc.compiler.targets import Range, TargetKind
 
 Metric = Literal["max_abs", "relative_l2", "cosine", "sqnr_db", "top1", "top5", "kl"]
@@ -192,8 +193,9 @@ class CustomMetric(Section):
     """
 
     function: str = Field(
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
-        description="'module:function'; the module is looked for beside the recipe and in the working directory too.",
+        pattern=IMPORT_PATH,
+        description="'module:function', looked for beside the recipe and in the working directory too, or "
+        "'file.py:function' beside the recipe.",
     )
     at_least: float | None = Field(None, description="Least value.")
     at_most: float | None = Field(None, description="Largest value.")
@@ -221,7 +223,9 @@ class VerifySection(Section):
     """How each step is compared with the loaded model."""
 
     inputs: Path | None = Field(
-        None, description="Folder of .npz files or images, or text, one sample a line; null: generated samples."
+        None,
+        description="Folder of .npz files or images; text, one sample a line; or a Python function that yields dicts "
+        "of arrays, 'file.py:function' or 'module:function'; null: generated samples.",
     )
     samples: int = Field(10, ge=1, description="Largest number of samples that are run.")
     seed: int = Field(0, ge=0, description="Of generated samples.")

@@ -13,7 +13,11 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    data: Path | None = Field(None, description="Folder of .npz files or images, or text, one sample a line.")
+    data: Path | None = Field(
+        None,
+        description="Folder of .npz files or images; text, one sample a line; or a Python function that yields dicts "
+        "of arrays, 'file.py:function' or 'module:function'.",
+    )
     samples: int = Field(128, gt=0, description="Samples to use, from the first; all where there are fewer.")
 
 
