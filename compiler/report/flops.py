@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 
 from llmc.passes.base import Context, Skip
-from llmc.passes.graph import Graph, Node, Tensor, copy_graph, infer_shapes, scopes, shape_of
+from llmc.passes.graph import DOMAIN, Graph, Node, Tensor, copy_graph, infer_shapes, scopes, shape_of
 from llmc.passes.shapes.dimension import size_at
 from llmc.passes.simplify.fold_constants import FoldConstants
 
@@ -72,7 +72,7 @@ def _products_in_subgraphs(graph: Graph) -> int:
 
 
 def _is_product(node: Node) -> bool:
-    return node.op in _FORMULAS and node.domain in (None, "", "ai.onnx")
+    return node.op in _FORMULAS and node.domain in (None, "", "ai.onnx", DOMAIN)
 
 
 def _flops(node: Node) -> int | None:
@@ -149,6 +149,7 @@ def _recurrent(node: Node) -> int:
 
 _FORMULAS: dict[str, Callable[[Node], int]] = {
     "MatMul": _matmul,
+    "CodebookMatMul": _matmul,
     "MatMulInteger": _matmul,
     "QLinearMatMul": _matmul,
     "Gemm": _gemm,

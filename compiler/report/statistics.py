@@ -40,6 +40,7 @@ OPERANDS = {
     "QLinearMatMul": 1,
     "QLinearConv": 1,
     "com.microsoft::MatMulNBits": 1,
+    "llmc::CodebookMatMul": 1,
     "LayerNormalization": 1,
     "RMSNormalization": 1,
     "GroupNormalization": 1,
@@ -117,7 +118,7 @@ def layer_precision(graph: Graph, asked: Mapping[str, str], kept: Mapping[str, s
 
 
 def _found_precision(node: Node) -> str:
-    if node.op == "MatMulNBits":
+    if node.op in ("MatMulNBits", "CodebookMatMul"):
         return f"int{node.attrs.get('bits', 4)} weights"
     operands = [tensor for tensor in node.inputs[: OPERANDS[operator_name(node)]] if tensor.name]
     stored = [_dequantized_from(tensor) for tensor in operands]

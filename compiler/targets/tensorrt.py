@@ -17,7 +17,7 @@ from llmc.compiler.targets.input_shapes import input_shapes, profile_problems
 from llmc.compiler.targets.tensorrt_check import RTX_CAPABILITIES, check_graph, default_capabilities, label
 from llmc.compiler.targets.tensorrt_import import PRODUCT, Kind, availability
 from llmc.compiler.targets.tensorrt_worker import BuildJob, OperatorsJob, Problem, RefusedError
-from llmc.passes.graph import Graph, load_model, onnx_dtype, scopes, shape_of
+from llmc.passes.graph import Graph, in_standard_operators, is_own, load_model, onnx_dtype, scopes, shape_of
 
 ENGINE = "model.engine"
 _FUSED_ATTENTION = "mha"
@@ -36,7 +36,12 @@ class TensorRT:
         return {self.kind: availability(self.kind).version, "polygraphy": installed_version("polygraphy")}
 
     def check(self, graph: Graph, request: BuildRequest) -> list[str]:
-        """What TensorRT would get wrong in silence, or refuse: see `tensorrt_check`."""
+        """What TensorRT would get wrong in silence, or refuse: see `tensorrt_check`.
+
+        llmc's own operators are looked at as the parser will see them: by their bodies.
+        """
+        if any(is_own(node) for scope in scopes(graph) for node in scope.nodes):
+            graph = in_standard_operators(graph)
         operators = sorted({node.op for scope in scopes(graph) for node in scope.nodes})
         try:
             unsupported = tensorrt_process.run(OperatorsJob(kind=self.kind, operators=operators), lambda _: None)
@@ -84,7 +89,7 @@ class TensorRT:
     def _capabilities(self, graph: Graph, request: BuildRequest) -> list[int]:
         """What is built for: as asked, or else all that `graph` runs on of TensorRT-RTX's default, or the GPU here."""
         if self.kind == "tensorrt-rtx":
-            return sorted(set(request.compute_capabilities)) or default_capabilities(graph)
+            return sorted(set(request.compute_capabilities)) or default_capabilities(in_standard_operators(graph))
         return [sm for sm in [_gpu_capability()] if sm is not None]
 
     def _capability_problems(self, request: BuildRequest) -> list[str]:

@@ -28,6 +28,8 @@ _LAYER = re.compile(
 )
 _TENSOR_TYPE = re.compile(r"Datatype: (\w+)")
 _SOURCE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f\[]|$)")
+_IN_FUNCTION = re.compile(r".* \| (.*) \(\w+\)")
+"""A node of a function's body, then the node that calls the function, with the function's name."""
 _TYPES = {
     "float": TensorProto.FLOAT,
     "half": TensorProto.FLOAT16,
@@ -132,10 +134,16 @@ def layers(message: str) -> list[dict[str, object]]:
                 "inputs": inputs,
                 "outputs": outputs,
                 "product": _product(match["name"], match["kind"], inputs, outputs),
-                "nodes": list(dict.fromkeys(_SOURCE.findall(match["sources"]))),
+                "nodes": list(dict.fromkeys(map(_source, _SOURCE.findall(match["sources"])))),
             }
         )
     return found
+
+
+def _source(text: str) -> str:
+    """The node of the graph that a layer was made of; of a function's body, the node that calls the function."""
+    inner = _IN_FUNCTION.fullmatch(text)
+    return inner[1] if inner else text
 
 
 def _product(name: str, kind: str, inputs: list[str], outputs: list[str]) -> str:

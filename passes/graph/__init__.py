@@ -20,6 +20,10 @@ from llmc.passes.graph.edit import replace_uses as replace_uses
 from llmc.passes.graph.edit import rewire as rewire
 from llmc.passes.graph.edit import scopes as scopes
 from llmc.passes.graph.edit import unlink as unlink
+from llmc.passes.graph.functions import DOMAIN as DOMAIN
+from llmc.passes.graph.functions import KERNELS as KERNELS
+from llmc.passes.graph.functions import is_own as is_own
+from llmc.passes.graph.functions import specs as specs
 from llmc.passes.graph.inference import infer_missing_shapes as infer_missing_shapes
 from llmc.passes.graph.inference import infer_shapes as infer_shapes
 from llmc.passes.graph.onnx_export import ALIGNMENT as ALIGNMENT
@@ -35,6 +39,7 @@ from llmc.passes.graph.onnx_export import to_structure as to_structure
 from llmc.passes.graph.onnx_import import copy_graph as copy_graph
 from llmc.passes.graph.onnx_import import from_model as from_model
 from llmc.passes.graph.onnx_import import from_structure as from_structure
+from llmc.passes.graph.onnx_import import in_standard_operators as in_standard_operators
 from llmc.passes.graph.onnx_import import load_model as load_model
 from llmc.passes.graph.subgraph import extract as extract
 from llmc.passes.graph.subgraph import outer_tensors as outer_tensors

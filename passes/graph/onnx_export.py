@@ -11,7 +11,6 @@ from typing import IO
 
 import numpy as np
 import onnx
-import onnx.inliner
 
 from llmc.passes.graph.collector import collector_paused
 from llmc.passes.graph.edit import (
@@ -19,6 +18,7 @@ from llmc.passes.graph.edit import (
     constants,
     scopes,
 )
+from llmc.passes.graph.functions import bodies
 from llmc.passes.graph.tensors import (
     FOUR_BIT,
     SMALL,
@@ -46,6 +46,7 @@ def to_structure(graph: Graph, *, inline_below: int = SMALL) -> Structure:
     weights: dict[str, Array | Weights] = {}
     proto = _export_graph(graph, weights, inline_below)
     model = onnx.helper.make_model(proto, opset_imports=_opset_imports(graph))
+    model.functions.extend(bodies((node for scope in scopes(graph) for node in scope.nodes), graph.opset))
     model.ir_version = max(graph.ir_version or 0, onnx.helper.find_min_ir_version_for(list(model.opset_import), True))
     model.producer_name, model.producer_version = graph.producer_name or "", graph.producer_version or ""
     onnx.helper.set_model_props(model, graph.metadata)

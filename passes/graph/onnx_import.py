@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import numpy as np
 import onnx
-import onnx.inliner
 
 from llmc.passes.graph.collector import collector_paused
 from llmc.passes.graph.edit import (
     free_name,
 )
+from llmc.passes.graph.functions import inline_all, inline_foreign
 from llmc.passes.graph.onnx_export import to_structure
 from llmc.passes.graph.tensors import (
     Array,
@@ -51,10 +51,11 @@ def load_model(path: Path) -> Graph:
 
 
 def from_model(model: onnx.ModelProto, folder: Path | None = None) -> Graph:
-    """Take a model in: local functions inlined, Constant nodes turned to constants, `folder` holding external data."""
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    return _import(model, _Importer(folder, {}))
+    """Take a model in: functions inlined but for llmc's own operators, Constant nodes turned to constants.
+
+    `folder` holds its external data.
+    """
+    return _import(inline_foreign(model), _Importer(folder, {}))
 
 
 def from_structure(structure: Structure) -> Graph:
@@ -264,3 +265,9 @@ def _dense(sparse: onnx.SparseTensorProto) -> Array:
 def copy_graph(graph: Graph) -> Graph:
     """An independent copy that shares the values of constants."""
     return from_structure(to_structure(graph))
+
+
+def in_standard_operators(graph: Graph) -> Graph:
+    """A copy in which llmc's own operators are spelled out; it shares the values of constants."""
+    structure = to_structure(graph)
+    return from_structure(Structure(inline_all(structure.model), structure.weights))

@@ -1,0 +1,1 @@
+"""CodebookMatMul: a product with weights that are indices into codebooks."""
