@@ -2,7 +2,8 @@
 
 A growing cache holds `past` tokens, and `total` = `past` + new ones with those of this run. Where it has room for more
 than that, each tensor along it may have more elements, too, if the first `total` of them stay what they were: true of
-whatever computes element by element, or along other axes. All else is refused.
+whatever computes element by element, or along other axes. Attention reads along it (an operator, or spelled out: see
+`spelled_scores.py`). All else is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from llmc.passes.cache.spelled_scores import Edge, SpelledScores
 from llmc.passes.graph import Graph, Node, Tensor, scopes
 from llmc.passes.match import attribute, called
 from llmc.passes.shapes.dimension import ONE, UNKNOWN, Dimension, product
@@ -17,7 +19,7 @@ from llmc.passes.shapes.dimensions import Dimensions
 from llmc.passes.shapes.shape_rules import BROADCAST, VALUE_RULES
 from llmc.passes.simplify.index_grids import taken_whole
 
-POINTWISE = {*BROADCAST, "Abs", "Cast", "Clip", "Identity", "IsInf", "IsNaN", "Neg", "Not", "Sign"}
+POINTWISE = {*BROADCAST, "Abs", "Cast", "Clip", "Identity", "IsInf", "IsNaN", "Neg", "Not", "Sign", "Tanh"}
 """Operators that compute each element of elements at its place."""
 MOVES = {"CumSum", "Squeeze", "Transpose", "Trilu", "Unsqueeze"}
 """Others of which the first elements along an axis do not depend on those behind them."""
@@ -25,7 +27,6 @@ SIZES = {("ConstantOfShape", 0), ("Expand", 1), ("Range", 1), ("Reshape", 1)}
 """Operators and the position of the input that is the size of what they make."""
 OF_NUMBERS = POINTWISE | {"Trilu"}
 """Operators that may compute with the number of tokens in a cache."""
-Edge = tuple[Node, int]
 
 
 class NotStaticError(Exception):
@@ -59,6 +60,7 @@ class GrowthFollower:
         self.graph, self.dims, self.past, self.total = graph, dims, past, total
         ((self.symbol,),) = [symbols for symbols, _ in past.terms]
         self.found = Growth()
+        self.scores = SpelledScores(dims, total)
         self._counted: set[int] = set()
 
     def follow(self, caches: Iterable[Node], pasts: Iterable[Tensor], sources: Iterable[Tensor]) -> Growth:
@@ -110,7 +112,7 @@ class GrowthFollower:
         if shape is None or any(s[0] == UNKNOWN for size in shape for symbols, _ in size.terms for s in symbols):
             raise NotStaticError(node, f"the shape of '{tensor.name}', computed from the cache, is not known")
         grown = [axis for axis, size in enumerate(shape) if self.mentions([size])]
-        if any(shape[axis] != self.total for axis in grown):
+        if any(shape[axis] != self.scores.length(tensor) for axis in grown):
             text = ", ".join(map(str, shape))
             raise NotStaticError(node, f"'{tensor.name}' [{text}] has an axis that is not as long as the cache")
         if grown:
@@ -134,7 +136,8 @@ class GrowthFollower:
         if node.op == "Attention" and not node.domain:
             self._attention(node, grown, is_cache)
             return
-        if grown and not self._keeps_first(node, grown):
+        axes = {index: self.found.axes[id(node.inputs[index])][1] for index in grown}
+        if grown and (node.domain or not (self.scores.take(node, axes) or self._keeps_first(node, grown))):
             raise NotStaticError(node, f"{called(node)} computes along the cache")
         for tensor in node.outputs:
             self._add(tensor, node)
@@ -186,7 +189,7 @@ class GrowthFollower:
 
     def _keeps_first(self, node: Node, grown: list[int]) -> bool:
         """Whether the first elements along the cache are computed from the first elements alone."""
-        if node.domain:
+        if any(id(node.inputs[index]) in self.scores.further for index in grown):
             return False
         if node.op in POINTWISE:
             return all(self._stays(self.found.axes[id(node.inputs[i])], node.outputs[0]) for i in grown)

@@ -55,8 +55,9 @@ class ScatterKvCache(Pass):
     [b, h, `length`, d] with `present = TensorScatter(past, new, past_length)`; so do past_key, present_key and the like
     of Attention. The graph gets an input `past_length`, int64 []: how many tokens the caches hold. The input `mask`
     [b, p + s] becomes [b, `length`]. What is computed along the cache (masks of padding, causal and sliding ones) is
-    computed along all of it, and what depends on its size depends on `past_length`; then each Attention masks all from
-    token p + s on with -inf or false, so that the result is the same whatever numbers stand there: they must be finite.
+    computed along all of it, and what depends on its size depends on `past_length`; then each Attention, or Softmax of
+    attention that is spelled out, masks all from token p + s on with -inf or false, so that the result is the same
+    whatever numbers stand there: they must be finite.
     Every output but the caches is as it was.
 
     This is the form that TensorRT takes: caches that grow outside of the operator change their shape at every token,
@@ -221,12 +222,15 @@ class _Change:
         masked = {id(node): self._masked(node) for node in self.growth.attentions}
         for node in self.growth.attentions:
             _read_cache(node, masked[id(node)])
+        hidden = self.follower.scores.hidden
+        rewire([(node, index, self._hidden(node.inputs[index])) for node, index in hidden])
         for cache in self.caches:
             self._scatter(cache)
         self.placement.finish()
         for tensor, axes in self.growth.axes.values():
             if tensor.shape is not None:
-                tensor.shape = [length if axis in axes else size for axis, size in enumerate(tensor.shape)]
+                size = length + self.follower.scores.further.get(id(tensor), 0)
+                tensor.shape = [size if axis in axes else other for axis, other in enumerate(tensor.shape)]
         for cache in self.caches:
             cache.past.shape = [*cache.past.shape[:AXIS], length, *cache.past.shape[AXIS + 1 :]]
         StaticCache(
@@ -327,6 +331,11 @@ class _Change:
             return self._shared((id(mask), causal), lambda op: op.And(mask, filled))
         never = np.asarray(-np.inf, mask.dtype)
         return self._shared((id(mask), causal), lambda op: op.Where(filled, mask, never), mask.dtype)
+
+    def _hidden(self, scores: Tensor) -> Tensor:
+        """Scores of attention that is spelled out, -inf where no token is yet."""
+        never = np.asarray(-np.inf, scores.dtype)
+        return self._shared(id(scores), lambda op: op.Where(self._filled(causal=False), scores, never), scores.dtype)
 
     def _shared(self, key: Any, make: Callable[[Any], Any], dtype: Any = None) -> Tensor:
         """What `make` makes, once for each key."""

@@ -42,15 +42,16 @@ class Dimension:
 
     @staticmethod
     def named(name: str) -> Dimension:
-        """What a model calls a size; a sum of others is one. A number in it is not believed.
+        """What a model calls a size; a sum of others is one, and a multiple. A number added to it is not believed.
 
-        Exporters write `past_sequence_length + sequence_length`, and mean it; optimum writes `past_sequence_length + 1`
-        where any number of tokens may follow.
+        Exporters write `past_sequence_length + sequence_length` or `4*batch`, and mean it; optimum writes
+        `past_sequence_length + 1` where any number of tokens may follow.
         """
-        parts = name.split(" + ")
-        if not all(part.isidentifier() for part in parts):
+        parts = [part.rpartition("*") for part in name.split(" + ")]
+        if not all(symbol.isidentifier() and (factor.isdecimal() or not star) for factor, star, symbol in parts):
             return Dimension.of(name)
-        return reduce(Dimension.__add__, map(Dimension.of, parts))
+        multiples = (Dimension.of(int(factor or 1)) * Dimension.of(symbol) for factor, _, symbol in parts)
+        return reduce(Dimension.__add__, multiples)
 
     @cached_property
     def number(self) -> int | None:

@@ -153,6 +153,8 @@ def _sliced(dims: Dimensions, size: Dimension, start: Dimension | None, end: Dim
         return Dimension.of(len(range(size.number)[first:last]))
     if first == 0 and end is not None and (end == size or (last is not None and last >= 1 << 31)):
         return size
+    if first == 0 and last is not None and last < 0 and size.positive and dict(size.terms).get((), 0) >= -last:
+        return size + Dimension.of(last)
     if first == 0 and end is not None and end.positive and last is None and size.number is not None:
         return dims.clipped(end, size.number)
     return None

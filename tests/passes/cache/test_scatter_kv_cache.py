@@ -34,6 +34,7 @@ new = Transpose<perm = [0, 2, 1, 3]>(xr)
 newv = Neg(new)
 """
 CACHES = "k = Concat<axis = 2>(pk, new) v = Concat<axis = -2>(pv, newv)"
+SCORES = "kt = Transpose<perm = [0, 1, 3, 2]>(k) qk = MatMul(new, kt)"
 MERGE = "at = Transpose<perm = [0, 2, 1, 3]>(a) f = Constant<value_ints = [0, 0, 8]>() y = Reshape(at, f)"
 ATTEND = f"a = Attention(new, k, v, mask) {MERGE}"
 COUNTS = """
@@ -108,6 +109,23 @@ FIRES = {
         MASKED,
         f"{COUNTS} {FULL} {PADDING} {WHOLE} a, k, v = Attention(new, new, newv, whole, pk, pv) {MERGE}",
     ),
+    "attention is spelled out": (INPUTS, f"{CACHES} {SCORES} w = Softmax(qk) a = MatMul(w, v) {MERGE}"),
+    "attention is spelled out, with a soft cap and padding": (
+        MASKED,
+        f"{COUNTS} {SCALE} {CACHES} {SCORES} axes = Constant<value_ints = [1, 2]>() "
+        "m = Unsqueeze(attention_mask, axes) "
+        "mf = Cast<to = 1>(m) inverted = Sub(unit, mf) bias = Mul(inverted, low) capped = Tanh(qk) "
+        f"sc = Add(capped, bias) wf = Softmax<axis = 3>(sc) w = Cast<to = 1>(wf) a = MatMul(w, v) {MERGE}",
+    ),
+    "attention is spelled out, with sinks": (
+        INPUTS,
+        f"{COUNTS} {CACHES} {SCORES} bx = Shape<start = 0, end = 1>(x) two = Constant<value_ints = [2]>() "
+        "one1 = Constant<value_ints = [1]>() column = Concat<axis = 0>(bx, two, sx, one1) "
+        "sink = ConstantOfShape<value = float[1] {1.5}>(column) joined = Concat<axis = -1>(qk, sink) "
+        "last = Constant<value_ints = [-1]>() most = ReduceMax(joined, last) less = Sub(joined, most) "
+        "all = Softmax(less) first = Constant<value_ints = [0]>() w = Slice(all, first, last, last) "
+        f"a = MatMul(w, v) {MERGE}",
+    ),
 }  # fmt: skip
 LEAVES_ALONE = {
     "causal from the first token of the cache on": (
@@ -132,11 +150,28 @@ LEAVES_ALONE = {
         INPUTS, f"{OUTPUTS}, int64[1] n", f"{CACHES} a = Attention(new, k, v) {MERGE} n = Shape<start = 2, end = 3>(k)",
         "the output 'n' depends on how full the cache is",
     ),
-    "attention is spelled out": (
+    "a sum over the cache whose weights are no Softmax's": (
+        INPUTS, OUTPUTS, f"{CACHES} {SCORES} w = Tanh(qk) [sum] a = MatMul(w, v) {MERGE}",
+        "MatMul 'sum' computes along the cache",
+    ),
+    "weights that are changed after the Softmax": (
         INPUTS, OUTPUTS,
-        f"{CACHES} kt = Transpose<perm = [0, 1, 3, 2]>(k) [qk] sc = MatMul(new, kt) w = Softmax(sc) "
+        f"{CACHES} {SCORES} {SCALE} s1 = Softmax(qk) w = Add(s1, unit) [sum] a = MatMul(w, v) {MERGE}",
+        "MatMul 'sum' computes along the cache",
+    ),
+    "a Softmax along another axis": (
+        INPUTS, OUTPUTS, f"{CACHES} {SCORES} [soft] w = Softmax<axis = 2>(qk) [sum] a = MatMul(w, v) {MERGE}",
+        "Softmax 'soft' computes along the cache",
+    ),
+    "weights of sinks that are kept": (
+        INPUTS, OUTPUTS,
+        f"{COUNTS} {CACHES} {SCORES} bx = Shape<start = 0, end = 1>(x) two = Constant<value_ints = [2]>() "
+        "one1 = Constant<value_ints = [1]>() column = Concat<axis = 0>(bx, two, sx, one1) "
+        "sink = ConstantOfShape<value = float[1] {1.5}>(column) joined = Concat<axis = -1>(qk, sink) "
+        "all = Softmax(joined) last = Constant<value_ints = [-1]>() first = Constant<value_ints = [1]>() "
+        "end = Constant<value_ints = [1000]>() [cut] w = Slice(all, first, end, last) "
         f"a = MatMul(w, v) {MERGE}",
-        "MatMul 'qk' computes along the cache",
+        "Slice 'cut' computes along the cache",
     ),
     "caches that grow by different numbers": (
         f"{INPUTS}, float[B,2,R,4] other", OUTPUTS,
@@ -309,8 +344,11 @@ def test_in_half_precision_the_caches_are_of_that_type(parse: Any, convert: Any,
 
 @pytest.mark.skipif(bool(availability("tensorrt-rtx").missing), reason=availability("tensorrt-rtx").missing)
 @pytest.mark.parametrize("half", [False, True])
-def test_tensorrt_builds_it(parse: Any, convert: Any, half: bool, tmp_path: Path) -> None:
-    graph = static(build(parse, *FIRES["causal, positions from a range that begins at the past"]))
+@pytest.mark.parametrize(
+    "case", ["causal, positions from a range that begins at the past", "attention is spelled out, with sinks"]
+)
+def test_tensorrt_builds_it(parse: Any, convert: Any, case: str, half: bool, tmp_path: Path) -> None:
+    graph = static(build(parse, *FIRES[case]))
     if half:
         convert(graph)
     target, request = TensorRT("tensorrt-rtx"), BuildRequest([{"B": Range(1, 2, 4), "S": Range(1, 2, 4)}], (89,))

@@ -42,6 +42,17 @@ SHAPES = {
         "f = Cast<to=1>(c) u = Unsqueeze(f, k) y = Add(x, u)",
         "[B, S, 12]",
     ),
+    "all but the last, where one is appended": (
+        "o = Constant<value_ints = [0]>() m = Constant<value_ints = [-1]>() a = Constant<value_ints = [1]>() "
+        "b = Shape<start=0, end=1>(x) k = Constant<value_ints = [1, 12]>() s = Concat<axis=0>(b, k) "
+        "one = ConstantOfShape(s) j = Concat<axis=1>(x, one) y = Slice(j, o, m, a)",
+        "[B, S, 12]",
+    ),
+    "all but the last of an axis that may be empty": (
+        "o = Constant<value_ints = [0]>() m = Constant<value_ints = [-1]>() a = Constant<value_ints = [1]>() "
+        "y = Slice(x, o, m, a)",
+        "[B, ?, 12]",
+    ),
     "sizes that may broadcast": ("y = Add(x, v)", "[B, ?, 12]"),
     "one broadcasts": ("k = Constant<value_ints = [1]>() s = ReduceMean<keepdims=1>(x, k) y = Sub(x, s)", "[B, S, 12]"),
     "repeated as often as the batch": (
@@ -70,9 +81,11 @@ def test_follows_shapes(name: str, parse: Any) -> None:
     assert f"[{', '.join(map(str, shape))}]" == expected
 
 
-def test_a_name_that_is_a_sum_is_one() -> None:
+def test_a_name_that_is_a_sum_or_a_multiple_is_one() -> None:
     assert Dimension.named("past + new") == Dimension.of("past") + Dimension.of("new")
     assert Dimension.named("past + 1") == Dimension.of("past + 1"), "optimum writes it where more than one may follow"
+    assert Dimension.named("4*batch") == Dimension.of(4) * Dimension.of("batch")
+    assert Dimension.named("batch*4") == Dimension.of("batch*4"), "no exporter writes it so"
     assert Dimension.named("max(a, b) + c") == Dimension.of("max(a, b) + c")
 
 
