@@ -4,7 +4,8 @@
 
 Each quantizer gets the same 128 sentences, one a sample, and where it cannot take samples of different lengths the same
 ones padded. What counts is 500 other sentences. Times are CPU seconds of ONNX Runtime with its default optimizations
-on one thread, the least of some rounds, as ratios to the float model in the same run.
+on one thread: the models take turns, and what counts is the median over the rounds of each round's ratio to the float
+model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -75,18 +77,18 @@ class Runner:
         return dict(zip(self.outputs, values, strict=True))
 
 
-def seconds(runners: dict[str, Runner], rounds: int) -> dict[str, float]:
-    """The least CPU seconds of one run of each model at [BATCH, TOKENS]; the models take turns."""
+def seconds(runners: dict[str, Runner], rounds: int) -> dict[str, list[float]]:
+    """The CPU seconds of each run of each model at [BATCH, TOKENS]; the models take turns."""
     ids = np.random.default_rng(0).integers(1000, 20000, (BATCH, TOKENS))
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    best = dict.fromkeys(runners, float("inf"))
-    for number in range(rounds + 1):
+    taken: dict[str, list[float]] = {name: [] for name in runners}
+    for number in range(rounds + 2):
         for name, run in runners.items():
             started = time.process_time()
             run(feeds)
-            if number:  # the first run makes buffers
-                best[name] = min(best[name], time.process_time() - started)
-    return best
+            if number > 1:  # the first runs make buffers
+                taken[name].append(time.process_time() - started)
+    return taken
 
 
 def measure(model: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -125,8 +127,9 @@ def measure(model: str, folder: Path, options: argparse.Namespace) -> list[dict[
     taken = seconds(runners, options.rounds)
     for row in rows:
         if row["quantizer"] in taken:
-            row["seconds"] = taken[row["quantizer"]]
-            row["ratio"] = taken[row["quantizer"]] / taken["float"]
+            mine = taken[row["quantizer"]]
+            row["seconds"] = statistics.median(mine)
+            row["ratio"] = statistics.median(a / b for a, b in zip(mine, taken["float"], strict=True))
     return rows
 
 
@@ -150,7 +153,7 @@ def main() -> None:
     parser.add_argument("--modelopt", help="Python that has nvidia-modelopt[onnx]; left out: not compared")
     parser.add_argument("--only", action="append", choices=list(QUANTIZERS), help="this quantizer; may be repeated")
     parser.add_argument("--model", action="append", choices=["MiniLM", "BERT-base"], help="may be repeated")
-    parser.add_argument("--rounds", type=int, default=10, help="timed runs of which the fastest counts (default: 10)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed runs of each model (default: 20)")
     parser.add_argument("--out", type=Path, default=Path("build/bench-int8.json"), help="where the numbers go, as JSON")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

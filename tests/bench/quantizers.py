@@ -93,6 +93,21 @@ def ort_dynamic() -> Quantize:
     return quantize
 
 
+def ort_fused_dynamic() -> Quantize:
+    """ONNX Runtime's optimizer of transformers, then its quantize_dynamic: products of attention in INT8 too."""
+    from onnx import TensorProto
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.transformers import optimizer
+
+    def quantize(source: Path, target: Path, samples: list[dict[str, Any]]) -> None:  # noqa: ARG001
+        fused = target.with_name("fused.onnx")
+        optimizer.optimize_model(str(source), model_type="bert", opt_level=0).save_model_to_file(str(fused))
+        types = {"DefaultTensorType": TensorProto.FLOAT}  # of operators that shape inference does not know
+        quantize_dynamic(str(fused), str(target), per_channel=True, weight_type=QuantType.QInt8, extra_options=types)
+
+    return quantize
+
+
 def modelopt(method: str) -> Quantize:
     """NVIDIA Model Optimizer, the rest kept in FP32 as the others have it."""
     from modelopt.onnx.quantization import quantize as run
@@ -118,6 +133,7 @@ QUANTIZERS: dict[str, Callable[[], Quantize]] = {
     "ort static entropy": lambda: ort_static("Entropy"),
     "ort static percentile": lambda: ort_static("Percentile"),
     "ort dynamic": ort_dynamic,
+    "ort fused dynamic": ort_fused_dynamic,
     "modelopt max": lambda: modelopt("max"),
     "modelopt entropy": lambda: modelopt("entropy"),
 }
