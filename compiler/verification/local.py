@@ -7,17 +7,18 @@ compared with what was captured there, and takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 
 from llmc.compiler.loaders import Feeds
+from llmc.compiler.parts import element_types, part_of
 from llmc.compiler.report import OutputNumerics, RegionReport
 from llmc.compiler.session import Session
 from llmc.compiler.verification.metrics import compare
-from llmc.compiler.verification.regions import Region, Side, changed_regions, element_types, reads
+from llmc.compiler.verification.regions import Region, Side, changed_regions
 from llmc.passes.base import LlmcError
 from llmc.passes.graph import Array, Structure, Weights, from_structure, module_in
 
@@ -178,44 +179,14 @@ class _NewNodes:
 
     def __init__(self, after: Structure, nodes: Sequence[onnx.NodeProto], captured: Mapping[str, Array]) -> None:
         self.made = [name for node in nodes for name in node.output if name]
-        read = {name for node in nodes for name in reads(node)} & after.weights.keys()
-        held = {name: after.weights[name] for name in read}
-        self.weights = {
-            name: held.load() if isinstance(held, Weights) else held
-            for name, held in held.items()
-            if held.dtype.isbuiltin == 1
-        }
-        part = _part(after, nodes, {**captured, **self.weights}, self.weights.keys())
+        given = {name: onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in captured.items()}
+        chosen = {id(node) for node in nodes}
+        ordered = [node for node in after.model.graph.node if id(node) in chosen]
+        part = part_of(after, ordered, given | element_types(after))
         self.session = Session(from_structure(part), self.made) if nodes else None
 
     def values(self, captured: Mapping[str, Array]) -> dict[str, Array]:
-        return self.session.run({**captured, **self.weights}, self.made) if self.session else {}
-
-
-def _part(
-    structure: Structure, nodes: Sequence[onnx.NodeProto], given: Mapping[str, Array], fed: Collection[str]
-) -> Structure:
-    """The nodes as a model of their own, in the order of the whole; its inputs are tensors of `given`.
-
-    The weights `fed` are inputs too: ONNX Runtime would copy them.
-    """
-    chosen = {id(node) for node in nodes}
-    read = {name for node in nodes for name in reads(node)}
-    made = {name for node in nodes for name in node.output}
-    whole = structure.model.graph
-    part = onnx.ModelProto(ir_version=structure.model.ir_version, opset_import=structure.model.opset_import)
-    part.graph.name = whole.name
-    part.graph.node.extend(node for node in whole.node if id(node) in chosen)
-    part.graph.initializer.extend(t for t in whole.initializer if t.name in read and t.name not in fed)
-    part.graph.value_info.extend(info for info in whole.value_info if info.name in made)
-    constants = {tensor.name for tensor in part.graph.initializer}
-    types = element_types(structure)
-    for name in sorted(read - made - constants):
-        if name not in given:
-            raise LlmcError(f"no value of '{name}' was captured")
-        kind = types.get(name) or onnx.helper.np_dtype_to_tensor_dtype(given[name].dtype)
-        part.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, None))
-    return Structure(part, {name: structure.weights[name] for name in constants & structure.weights.keys()})
+        return self.session.run(captured, self.made) if self.session else {}
 
 
 class _Constants:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import onnx
 
+from llmc.compiler.parts import element_types, reads
 from llmc.passes.graph import FileRegion, Structure, Weights
 
 
@@ -85,30 +86,6 @@ def _without_twins(
 
 def _touches(node: onnx.NodeProto, moved: Collection[str]) -> bool:
     return bool(moved) and any(name in moved for name in (*reads(node), *node.output))
-
-
-def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names of what a node reads, those that its subgraphs capture among them."""
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        if attribute.type == attribute.GRAPH:
-            yield from _captured(attribute.g)
-
-
-def _captured(graph: onnx.GraphProto) -> Iterator[str]:
-    own = {value.name for value in (*graph.input, *graph.initializer)}
-    own |= {name for node in graph.node for name in node.output}
-    names = [name for node in graph.node for name in reads(node)]
-    yield from (name for name in (*names, *(output.name for output in graph.output)) if name not in own)
-
-
-def element_types(structure: Structure) -> dict[str, int]:
-    """Tensor → its ONNX element type, where it is known."""
-    graph = structure.model.graph
-    infos = (*graph.value_info, *graph.input, *graph.output)
-    types = {info.name: info.type.tensor_type.elem_type for info in infos if info.type.HasField("tensor_type")}
-    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    return {name: kind for name, kind in types.items() if kind}
 
 
 class Side:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from llmc.compiler.session import Session
-from llmc.passes.graph import SMALL, Constant
+from llmc.passes.graph import SMALL, Constant, FileRegion, Weights
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.uint4])
@@ -28,3 +31,27 @@ def test_four_bit_weights_are_read_as_they_are(dtype, columns, parse):
     graph.inputs = [tensor for tensor in graph.inputs if not isinstance(tensor, Constant)]
     found = Session(graph).run({"x": np.ones(columns, np.float32)})["y"]
     assert np.array_equal(found, levels.astype(np.float32) / 2)
+
+
+def anonymous_bytes() -> int:
+    """Of this process's memory, what no file stands behind (proc(5), RssAnon)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_of_a_mapped_file_are_not_copied(parse, tmp_path):
+    depth, width = 1 << 14, 1 << 10
+    size = 4 * depth * width
+    np.zeros(1, np.float32).tofile(tmp_path / "weights")
+    with (tmp_path / "weights").open("r+b") as file:
+        file.truncate(size)
+    graph = parse(
+        f"(float[N,{depth}] x, float[{depth},{width}] w) => (float[N,{width}] y) {{ y = MatMul(x, w) }}", opset=21
+    )
+    graph.inputs.pop().to_constant(Weights(1, (depth, width), FileRegion(tmp_path / "weights", 0)))
+    before = anonymous_bytes()
+    session = Session(graph)
+    session.run({"x": np.ones((2, depth), np.float32)})
+    # A copy would be 64 MB; the session itself, its arena and the buffers of the product take a few.
+    assert anonymous_bytes() - before < size / 4

@@ -1,0 +1,108 @@
+"""One ONNX Runtime session with every optimization off, which reads large weights where they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from llmc.passes.base import LlmcError
+from llmc.passes.graph import FOUR_BIT, Array, Structure, Weights, raw_values
+
+FED_FROM = 1 << 20
+"""Bytes from which a weight is handed over with every run: ONNX Runtime copies those that a session is made with."""
+
+
+class Runner:
+    """One model, ready to run on the CPU.
+
+    Nothing is packed for the processor ahead of time: for the few runs that sessions here live, packing costs more
+    than it saves. With `lean` memory goes back to the system after each operator, which takes a little longer.
+    Raises LlmcError where ONNX Runtime cannot run the model, with its reason.
+    """
+
+    def __init__(self, structure: Structure, *, lean: bool = False) -> None:
+        import onnxruntime as ort
+
+        weights = {name: _loaded(held) for name, held in structure.weights.items()}
+        given_back = {info.name for info in structure.model.graph.output}
+        self._fed = {
+            name: array
+            for name, array in weights.items()
+            if array.nbytes >= FED_FROM and array.dtype.isbuiltin == 1 and name not in given_back
+        }
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4  # errors are raised: said once
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        options.enable_cpu_mem_arena = not lean
+        self._held = {name: _ort_value(array) for name, array in weights.items() if name not in self._fed}
+        if self._held:
+            options.add_external_initializers(list(self._held), list(self._held.values()))
+        model = _with_inputs(structure.model, self._fed)
+        try:
+            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a class of its own for every status code
+            raise LlmcError(f"ONNX Runtime cannot run this graph: {error}") from error
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The values of `outputs`. Raises LlmcError with the reason where ONNX Runtime fails."""
+        try:
+            found: list[Array] = self._session.run(list(outputs), {**feeds, **self._fed})
+        except Exception as error:
+            raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
+        return found
+
+    def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+        """The same from OrtValues to OrtValues, which have types that NumPy has not."""
+        import onnxruntime as ort
+
+        fed = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._fed.items()}
+        try:
+            found: list[Any] = self._session.run_with_ort_values(list(outputs), {**feeds, **fed})
+        except Exception as error:
+            raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
+        return found
+
+
+def _with_inputs(model: onnx.ModelProto, fed: Mapping[str, Array]) -> onnx.ModelProto:
+    """The model with the weights `fed` as inputs."""
+    if not fed:
+        return model
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    initializers = [tensor for tensor in changed.graph.initializer if tensor.name not in fed]
+    for tensor in changed.graph.initializer:
+        if tensor.name in fed:
+            changed.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+    del changed.graph.initializer[:]
+    changed.graph.initializer.extend(initializers)
+    return changed
+
+
+def _loaded(held: Array | Weights) -> Array:
+    return np.asarray(held.load() if isinstance(held, Weights) else held, order="C")
+
+
+def _ort_value(array: Array) -> Any:
+    import onnxruntime as ort
+
+    if array.dtype.isbuiltin == 1:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    packed = _packed(array, dtype) if dtype in FOUR_BIT else array
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(packed, dtype)
+
+
+def _packed(array: Array, onnx_dtype: int) -> Array:
+    """4-bit values as ONNX Runtime reads them: two a byte, at the start of an array of the shape that it is told."""
+    packed = np.frombuffer(raw_values(array, onnx_dtype), np.uint8)
+    buffer = np.empty(array.shape, np.uint8)  # what lies behind the values is never touched, and takes no memory
+    buffer.reshape(-1)[: packed.size] = packed
+    return buffer

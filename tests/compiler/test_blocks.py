@@ -1,0 +1,115 @@
+"""Models that run block by block give the same bits as in one piece."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmc.compiler.blocks import blocks_of
+from llmc.compiler.runner import Runner
+from llmc.passes.graph import Array, Structure, from_model, to_structure
+
+WIDTH = 32
+WEIGHT = WIDTH * WIDTH * 4
+"""Bytes of one float32 weight below: large enough to stand outside of the proto."""
+
+
+def layers(count: int, body: str = "w{i}", rng: np.random.Generator | None = None) -> Structure:
+    """x → count products with weights of their own; `body` computes the weight of product i from its initializer."""
+    rng = rng or np.random.default_rng(0)
+    lines, weights = [], []
+    for i in range(count):
+        computed = body.format(i=i)
+        lines += [
+            f"c{i} = {computed}" if computed != f"w{i}" else f"c{i} = Identity(w{i})",
+            f"p{i} = MatMul(h{i}, c{i})",
+        ]
+        lines.append(f"h{i + 1} = Tanh(p{i})")
+        weights.append(onnx.numpy_helper.from_array(rng.standard_normal((WIDTH, WIDTH), np.float32), f"w{i}"))
+    text = f"""<ir_version: 10, opset_import: ["": 21]> g (float[N,{WIDTH}] h0) => (float[N,{WIDTH}] h{count}) {{
+        {chr(10).join(lines)} }}"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.extend(weights)
+    return to_structure(from_model(onnx.shape_inference.infer_shapes(model)))
+
+
+def values(rows: int = 3) -> dict[str, Array]:
+    return {"h0": np.random.default_rng(1).standard_normal((rows, WIDTH), np.float32)}
+
+
+@given(st.integers(1, 7), st.integers(1, 8 * WEIGHT))
+@settings(deadline=None, max_examples=20)
+def test_same_bits_as_in_one_piece(count: int, limit: int) -> None:
+    structure = layers(count)
+    names = [f"h{i}" for i in range(1, count + 1)]
+    structure.model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names[:-1])
+    blocks = blocks_of(structure, whole=0, limit=limit)
+    assert (blocks is None) == (limit >= count * WEIGHT or count == 1)
+    if blocks is not None:
+        expected = Runner(structure).run(values(), names)
+        for one, other in zip(expected, blocks.run(values(), names), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_no_block_reads_more_than_the_limit() -> None:
+    blocks = blocks_of(layers(6), whole=0, limit=2 * WEIGHT)
+    assert blocks is not None
+    assert [len(block.structure.weights) for block in blocks.blocks] == [2, 2, 2]
+    assert all(len(block.outputs) == 1 for block in blocks.blocks), "one tensor goes from block to block"
+    assert blocks_of(layers(6), whole=6 * WEIGHT, limit=1) is None
+
+
+def test_a_weight_that_is_computed_from_constants_moves_to_the_block_that_reads_it() -> None:
+    """All of them stand at the beginning of the graph, as in files that other tools have quantized."""
+    structure = layers(4, "Transpose(w{i})")
+    nodes = sorted(structure.model.graph.node, key=lambda node: node.op_type != "Transpose")
+    del structure.model.graph.node[:]
+    structure.model.graph.node.extend(nodes)
+    blocks = blocks_of(structure, whole=0, limit=WEIGHT)
+    assert blocks is not None
+    assert [[n.op_type for n in b.structure.model.graph.node] for b in blocks.blocks] == [
+        ["Transpose", "MatMul", "Tanh"]
+    ] * 4
+    np.testing.assert_array_equal(blocks.run(values(), ["h4"])[0], Runner(structure).run(values(), ["h4"])[0])
+
+
+def test_types_that_numpy_has_not_go_from_block_to_block() -> None:
+    text = f"""<ir_version: 10, opset_import: ["": 21]> g (float[N,{WIDTH}] x) => (float[N,{WIDTH}] y) {{
+        p = MatMul(x, a)  low = Cast<to = 16>(p)  q = MatMul(x, b)  high = Cast<to = 1>(low)  y = Add(high, q) }}"""
+    model = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        weight = rng.standard_normal((WIDTH, WIDTH), np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+    structure = to_structure(from_model(onnx.shape_inference.infer_shapes(model)))
+    blocks = blocks_of(structure, whole=0, limit=WEIGHT)
+    assert blocks is not None
+    assert "low" in blocks.blocks[0].outputs
+    x = values()["h0"]
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    (found,) = blocks.run({"x": x}, ["y"])
+    rounded = (x @ weights["a"]).astype(ml_dtypes.bfloat16).astype(np.float32)
+    # Sums in another order may fall on the other side of a rounding to 8 bits.
+    np.testing.assert_allclose(found, rounded + x @ weights["b"], atol=2.0**-7 * float(np.abs(rounded).max()))
+
+
+@pytest.mark.parametrize("captured", ["h1", "w2"])
+def test_what_a_subgraph_captures_is_handed_on(captured: str) -> None:
+    structure = layers(3)
+    text = f"""<ir_version: 10, opset_import: ["": 21]> g (bool q, float[N,{WIDTH}] h3) => (float[N,{WIDTH}] y) {{
+        y = If(q) <then_branch = t () => (float[N,{WIDTH}] a) {{ a = Tanh(h3) }},
+                   else_branch = e () => (float[N,{WIDTH}] b) {{ k = ReduceSum({captured}) b = Add(h3, k) }}> }}"""
+    branch = onnx.parser.parse_model(text).graph
+    graph = structure.model.graph
+    graph.node.extend(branch.node)
+    graph.input.extend(branch.input[:1])
+    graph.output[0].CopyFrom(branch.output[0])
+    blocks = blocks_of(structure, whole=0, limit=WEIGHT)
+    assert blocks is not None
+    for choice in (True, False):
+        feeds = {**values(), "q": np.array(choice)}
+        np.testing.assert_array_equal(blocks.run(feeds, ["y"])[0], Runner(structure).run(feeds, ["y"])[0])
