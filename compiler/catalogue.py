@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.recipe.errors import suggestion
+from llmc.passes import base
 from llmc.passes.base import Pass, discover
 
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
 def find(key: str) -> type[Pass]:
     """The pass of that key. Raises LlmcError with the nearest one."""
-    if key not in discover():
+    kind = base.find(key)
+    if kind is None:
         raise LlmcError(f"no pass is called '{key}'{suggestion(key, discover())}")
-    return discover()[key]
+    return kind
 
 
 def as_json() -> list[dict[str, Any]]:

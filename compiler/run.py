@@ -140,13 +140,12 @@ def _status(steps: Sequence[PassReport]) -> Literal["done", "rolled back", "over
 def pass_report(step: pipeline.Step, recipe: Recipe, verdict: Verdict) -> PassReport:
     """One step for the report."""
     result = step.result
-    written = recipe.document()["passes"][step.index - 1]
     return PassReport(
         index=step.index,
         key=step.key,
         status="skipped" if step.skipped else "done",
         reason=step.skipped,
-        parameters=written[step.key] if isinstance(written, dict) else {},
+        parameters=recipe.parameters(step.index - 1),
         nodes_before=dict(step.start.statistics.operators),
         nodes_after=dict(step.end.statistics.operators),
         weight_bytes_after=step.end.statistics.weight_bytes,

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol
 
@@ -203,10 +204,27 @@ def discover() -> Mapping[str, type[Pass]]:
     """Every pass by its key: each class of each module below this package that says how safe it is."""
     import llmc.passes as package
 
-    found: dict[str, type[Pass]] = {}
-    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        for value in vars(importlib.import_module(module.name)).values():
-            own = isinstance(value, type) and value.__module__ == module.name
-            if own and issubclass(value, Pass) and hasattr(value, "safety"):
-                found[value.key()] = value
+    modules = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    found = {kind.key(): kind for module in modules for kind in _defined(module.name)}
     return MappingProxyType(dict(sorted(found.items())))
+
+
+def find(key: str) -> type[Pass] | None:
+    """The pass of that key, if there is one: its module alone is imported, which has the key's name."""
+    module = _modules().get(key.replace("-", "_"))
+    return next((kind for kind in _defined(module) if kind.key() == key), None) if module is not None else None
+
+
+@cache
+def _modules() -> Mapping[str, str]:
+    """Name of each file in the rooms of this package → its module."""
+    files = Path(__file__).parent.glob("*/*.py")
+    return {file.stem: f"{__package__}.{file.parent.name}.{file.stem}" for file in sorted(files)}
+
+
+def _defined(module: str) -> Iterator[type[Pass]]:
+    """The passes that a module itself defines."""
+    for value in vars(importlib.import_module(module)).values():
+        own = isinstance(value, type) and value.__module__ == module
+        if own and issubclass(value, Pass) and hasattr(value, "safety"):
+            yield value

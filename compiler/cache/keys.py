@@ -16,7 +16,7 @@ from pydantic_core import to_jsonable_python
 
 from llmc.compiler import versions
 
-_MENTION = re.compile(r"\bllmc(?:\.\w+)+")
+_MENTION = re.compile(rb"llmc(?:\.\w+)+")
 
 
 def key_of(*parts: object) -> str:
@@ -54,24 +54,35 @@ def code_digest(module: str) -> str:
 def _read(path: Path) -> tuple[str, frozenset[str]]:
     """The digest of a source, and the modules of llmc that it names."""
     text = path.read_bytes()
-    return hashlib.sha256(text).hexdigest(), frozenset(_MENTION.findall(text.decode()))
+    return hashlib.sha256(text).hexdigest(), frozenset(map(bytes.decode, _MENTION.findall(text)))
 
 
 @cache
 def _sources(name: str) -> tuple[tuple[str, Path], ...]:
-    """(module, file) of a module, of all modules in a package, or of the nearest of its parents that is one."""
+    """(module, file) of a module, of all modules in a package, or of the nearest of its parents that is one.
+
+    Nothing is imported: below the top, the place of a file follows from its name.
+    """
     from llmc.passes.graph import KERNELS
 
+    _, top, *below = name.split(".")
+    folder = KERNELS if top == "kernels" else _folder(top)
+    if folder is None:
+        return ()
     if name == "llmc.kernels":  # a folder of packages that is none itself: what models hold is in their specs
-        return tuple((f"{name}.{file.parent.name}.spec", file) for file in sorted(KERNELS.glob("*/spec.py")))
-    while name.count("."):
-        try:
-            spec = find_spec(name)
-        except ModuleNotFoundError:  # a name inside a module
-            spec = None
-        if spec is not None and spec.origin is not None:
-            path = Path(spec.origin)
-            files = sorted(path.parent.glob("*.py")) if spec.submodule_search_locations else [path]
-            return tuple((f"{name}.{file.stem}" if len(files) > 1 else name, file) for file in files)
-        name = name.rpartition(".")[0]
+        return tuple((f"{name}.{file.parent.name}.spec", file) for file in sorted(folder.glob("*/spec.py")))
+    for end in range(len(below), -1, -1):
+        place, known = folder.joinpath(*below[:end]), ".".join(["llmc", top, *below[:end]])
+        if (place / "__init__.py").is_file():
+            files = sorted(place.glob("*.py"))
+            return tuple((f"{known}.{file.stem}" if len(files) > 1 else known, file) for file in files)
+        if end and place.with_suffix(".py").is_file():
+            return ((known, place.with_suffix(".py")),)
     return ()
+
+
+@cache
+def _folder(top: str) -> Path | None:
+    """Where the package llmc.compiler, llmc.passes or llmc.configs stands."""
+    spec = find_spec(f"llmc.{top}")
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None

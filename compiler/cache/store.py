@@ -60,6 +60,8 @@ class Store:
         self._session: Path | None = None
         self._session_lock: IO[bytes] | None = None
         self._verified: set[str] = set()
+        self._used: set[str] = set()
+        """Blobs whose use is on record: while this process lives none of them is removed."""
 
     def open(self) -> None:
         """Begin to use it. Raises OSError where the place cannot be written."""
@@ -92,8 +94,9 @@ class Store:
                 self.drop(path, f"{kind} record")
                 return None
             try:
-                for used in (*map(self.path, record.blobs), path):
-                    os.utime(used)
+                for blob in record.blobs:
+                    self._use(blob)
+                os.utime(path)
             except FileNotFoundError:  # a blob was damaged and dropped, or removed by hand
                 return None
         return record
@@ -139,7 +142,7 @@ class Store:
         """Whether a blob is there; counts as a use of it."""
         with self.locked():
             try:
-                os.utime(self.path(digest))
+                self._use(digest)
             except FileNotFoundError:
                 return False
         return True
@@ -151,12 +154,20 @@ class Store:
             try:
                 whole = sha256(path) == digest
             except FileNotFoundError as error:
+                self._used.discard(digest)
                 raise DamagedError(f"{path} has vanished") from error
             if not whole:
+                self._used.discard(digest)
                 self.drop(path, "blob")
                 raise DamagedError(f"{path} is damaged")
             self._verified.add(digest)
         return path
+
+    def _use(self, digest: str) -> None:
+        """Put the use of a blob on record, once a process. Raises FileNotFoundError."""
+        if digest not in self._used:
+            os.utime(self.path(digest))
+            self._used.add(digest)
 
     # Locks and leftovers
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -25,7 +26,7 @@ from llmc.compiler.recipe.settings import apply, parse_setting
 from llmc.compiler.recipe.source import Fault, Place, Source, dump, read
 from llmc.compiler.recipe.splice import splice
 from llmc.compiler.targets import Profile
-from llmc.passes.base import Pass, discover
+from llmc.passes.base import Pass, discover, find
 
 __all__ = ["Recipe", "shipped"]
 
@@ -91,8 +92,11 @@ class Recipe:
         return self._set(values.items(), option)
 
     def _set(self, settings: Iterable[tuple[str, object]], option: str) -> Self:
+        chosen = list(settings)
+        if not chosen:
+            return self
         source = Source(self.source.label, self.document(), self.source.lines)
-        for key, value in settings:
+        for key, value in chosen:
             source = apply(source, key, to_jsonable_python(value), option)
         return self._build(source, Path.cwd(), self.name)
 
@@ -111,12 +115,16 @@ class Recipe:
         return {
             "model": _plain(self.model.model_dump(), path),
             "passes": [
-                _plain({step.key(): step.model_dump()} if type(step).model_fields else step.key(), path)
+                {step.key(): _plain(step.model_dump(), path)} if type(step).model_fields else step.key()
                 for step in self.passes
             ],
             "target": _plain(self.target.model_dump(), path),
             "verify": _plain(self.verify.model_dump(), path),
         }
+
+    def parameters(self, index: int) -> dict[str, Any]:
+        """Those of one pass, as `document` writes them; passes count from 0."""
+        return dict(_plain(self.passes[index].model_dump(), _portable))
 
     def resolved_yaml(self) -> str:
         """YAML with every default written out, which loads back to an equal recipe from any folder."""
@@ -161,6 +169,7 @@ def _description(path: Path) -> str:
     return next((text for text in comments if text and not text.startswith("yaml-language-server")), "")
 
 
+@cache
 def _shipped_folder() -> Path:
     return Path(str(resources.files("llmc.configs"))).resolve()
 
@@ -202,7 +211,7 @@ def _pass(item: object, place: Place, faults: list[Fault]) -> Pass | None:
         faults.append(Fault(place, "a pass is its name, or its name and a colon with the parameters indented below"))
         return None
     ((key, parameters),) = item.items()
-    kind = discover().get(key)
+    kind = find(key)
     if kind is None:
         faults.append(Fault(place, f"no pass is called '{key}'{suggestion(key, discover())}"))
         return None

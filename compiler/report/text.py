@@ -13,6 +13,8 @@ _BREAK = re.compile(r"[ \t]*[\r\n\t]+[ \t]*")
 
 def printable(text: str) -> str:
     """The text on one line, with every character that could steer a terminal or turn the line around made visible."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in _BREAK.sub(" ", text))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Literal, Protocol
 
 from llmc.compiler.errors import TargetError
+from llmc.compiler.versions import version_of
 from llmc.passes.graph import Graph
 
 TargetKind = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime", "onnx"]
@@ -91,8 +92,8 @@ def installed_version(*distributions: str) -> str:
     """The version of the first of these distributions that is installed; '' where none is."""
     for name in distributions:
         try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
+            return version_of(name)
+        except PackageNotFoundError:
             continue
     return ""
 

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import prod
-from pathlib import Path
-from typing import IO
 
 import numpy as np
 import onnx
 
 from llmc.passes.graph.collector import collector_paused
 from llmc.passes.graph.edit import (
-    constant_bytes,
     constants,
     scopes,
 )
@@ -33,11 +28,6 @@ from llmc.passes.graph.tensors import (
     shape_of,
     stored_bytes,
 )
-
-EXTERNAL_FROM = 256 << 20
-"""Bytes of weights from which a saved model keeps them in a file of their own (protobuf ends at 2 GB)."""
-ALIGNMENT = 4096
-"""Bytes; a page, so that every tensor of an external data file can be mapped by itself."""
 
 
 @collector_paused()
@@ -58,51 +48,6 @@ def to_model(graph: Graph) -> onnx.ModelProto:
     return to_structure(graph, inline_below=1 << 62).model
 
 
-def save_model(graph: Graph, path: Path, *, inline_below: int | None = None) -> list[Path]:
-    """Write the model to `path`; returns the files written.
-
-    Models whose weights are under `EXTERNAL_FROM` bytes stand in one file; larger ones keep their weights in
-    `<path>.data` beside it, each aligned to 4096 bytes so that it can be mapped, written one tensor at a time.
-    """
-    if inline_below is None:
-        total = sum(constant_bytes(c) for c in constants(graph))
-        inline_below = 1 << 62 if total < EXTERNAL_FROM else SMALL
-    structure = to_structure(graph, inline_below=inline_below)
-    if not structure.weights:
-        with _beside(path) as file:
-            file.write(structure.model.SerializeToString(deterministic=True))
-        return [path]
-    data = path.with_name(path.name + ".data")
-    with _beside(data) as file:
-        for tensor in structure.model.graph.initializer:
-            if tensor.data_location != onnx.TensorProto.EXTERNAL:
-                continue
-            refer(tensor, data.name, *append_aligned(file, structure.weights[tensor.name], tensor.data_type))
-    with _beside(path) as file:
-        file.write(structure.model.SerializeToString(deterministic=True))
-    return [path, data]
-
-
-def append_aligned(file: IO[bytes], values: Array | Weights, onnx_dtype: int) -> tuple[int, int]:
-    """Append a tensor's bytes to `file`, from the next multiple of `ALIGNMENT` on; where they begin, and how many."""
-    file.write(b"\0" * (-file.tell() % ALIGNMENT))
-    offset = file.tell()
-    file.write(raw_values(values, onnx_dtype))
-    return offset, file.tell() - offset
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once it is whole: the graph may have its weights mapped from there."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def raw_values(values: Array | Weights, onnx_dtype: int) -> memoryview:
     """The bytes that ONNX stores for a tensor (little-endian, row-major; 4-bit types packed)."""
     array = values.load() if isinstance(values, Weights) else values
@@ -115,13 +60,14 @@ def _export_graph(
     graph: Graph, weights: dict[str, Array | Weights], inline_below: int, outer: bool = True
 ) -> onnx.GraphProto:
     """One graph proto. The outermost declares the constants of all, so that subgraphs may share them; only a
-    subgraph's own outputs must be declared inside it."""
+    subgraph's own outputs must be declared inside it, and stay in the proto whatever their size."""
     inner_outputs = {id(t) for sub in scopes(graph)[1:] for t in sub.outputs} if outer else set()
     declared = (
         [c for c in constants(graph) if id(c) not in inner_outputs]
         if outer
         else [t for t in graph.outputs if isinstance(t, Constant)]
     )
+    own_below = inline_below if outer else 1 << 62
     boundary = {t.name for t in (*graph.inputs, *graph.outputs)}
     made = [t for node in graph.nodes for t in node.outputs if t.name and t.name not in boundary]
     return onnx.helper.make_graph(
@@ -129,7 +75,7 @@ def _export_graph(
         name=graph.name or "graph",
         inputs=[_value_info(t) for t in graph.inputs],
         outputs=[_value_info(t) for t in graph.outputs],
-        initializer=[_export_constant(c, weights, inline_below) for c in declared],
+        initializer=[_export_constant(c, weights, own_below) for c in declared],
         doc_string=graph.doc_string or "",
         value_info=[_value_info(t) for t in made if t.dtype is not None or t.type_proto is not None],
     )

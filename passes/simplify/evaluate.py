@@ -8,7 +8,6 @@ from math import prod
 
 import numpy as np
 import onnx
-import onnx.reference
 import onnx.shape_inference
 
 from llmc.passes.graph import Array, Constant, constant_bytes, load_values, numpy_dtype, onnx_dtype
@@ -110,6 +109,8 @@ def compute(
 
 def evaluate(proto: onnx.NodeProto, values: Mapping[str, Array], opset: int) -> dict[str, Array]:
     """Output name → value, unchecked; the arrays may view those of `values`."""
+    from onnx.reference import ReferenceEvaluator
+
     made = [name for name in proto.output if name]
     graph = onnx.helper.make_graph(
         [proto],
@@ -120,7 +121,7 @@ def evaluate(proto: onnx.NodeProto, values: Mapping[str, Array], opset: int) -> 
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     try:
         with np.errstate(all="ignore"):
-            found = onnx.reference.ReferenceEvaluator(model).run(None, dict(values))
+            found = ReferenceEvaluator(model).run(None, dict(values))
     except Exception as error:  # each operator fails in its own way on what its specification does not allow
         raise RefusalError(f"computing it fails: {error}") from error
     return dict(zip(made, found, strict=True))
