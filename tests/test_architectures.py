@@ -50,13 +50,15 @@ COUNTED = (
 class Architecture:
     """A model as a function of how it is to do attention, what goes in, and what one counts on it.
 
-    `eager` ones have no other way to do attention that torch.onnx.export(dynamo=True) takes.
+    `eager` ones have no other way to do attention that torch.onnx.export(dynamo=True) takes. `gone`: operators of which
+    none may be left.
     """
 
     make: Callable[[str], Any]
     feeds: Callable[[int, int, np.random.Generator], dict[str, Array]]
     counts: dict[str, int]
     eager: bool = False
+    gone: tuple[str, ...] = ()
 
 
 def tokens(batch: int, length: int, rng: np.random.Generator) -> dict[str, Array]:
@@ -73,6 +75,11 @@ def pixels(batch: int, _length: int, rng: np.random.Generator) -> dict[str, Arra
 
 def features(batch: int, _length: int, rng: np.random.Generator) -> dict[str, Array]:
     return {"input_features": rng.standard_normal((batch, 8, 16)).astype(np.float32)}
+
+
+def hidden(_batch: int, _length: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Of one size: the legacy exporter writes the batch into torch.nn.MultiheadAttention as a number."""
+    return {"hidden_states": rng.standard_normal((2, 8, HIDDEN)).astype(np.float32)}
 
 
 def transformer(name: str, **settings: Any) -> Callable[[str], Any]:
@@ -146,6 +153,18 @@ def resnet(_attention: str) -> Any:
 
     stem = (nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
     return nn.Sequential(*stem, Block(8, 16), Block(16, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+def torch_encoder(batch_first: bool) -> Callable[[str], Any]:
+    """torch.nn.TransformerEncoderLayer, which has a torch.nn.MultiheadAttention."""
+
+    def make(_attention: str) -> Any:
+        from torch import nn
+
+        layer = {"activation": "gelu", "batch_first": batch_first}
+        return nn.Sequential(*(nn.TransformerEncoderLayer(HIDDEN, HEADS, 2 * HIDDEN, **layer) for _ in range(LAYERS)))
+
+    return make
 
 
 def mobilenet(_attention: str) -> Any:
@@ -260,6 +279,24 @@ ARCHITECTURES = {
     ),
     "mistral": Architecture(transformer("MistralModel", **LLAMA), tokens, decoder(2 * LAYERS + 1)),
     "mixtral": Architecture(transformer("MixtralModel", **LLAMA, num_local_experts=4), tokens, decoder(2 * LAYERS + 1)),
+    "gpt-neox": Architecture(
+        transformer("GPTNeoXModel", **BERT, rotary_pct=0.5, use_cache=False),
+        tokens,
+        encoder(2 * LAYERS + 1) | {"RotaryEmbedding": 2 * LAYERS},
+        gone=("Transpose", "Slice"),
+    ),
+    "falcon": Architecture(
+        transformer("FalconModel", **BERT, multi_query=False, alibi=False, bias=True, use_cache=False),
+        tokens,
+        encoder(LAYERS + 1) | {"RotaryEmbedding": 2 * LAYERS},
+        gone=("Transpose",),
+    ),
+    "torch-batch-first": Architecture(
+        torch_encoder(True), hidden, encoder(2 * LAYERS), gone=("Transpose", "Reshape", "Gather", "Gemm")
+    ),
+    "torch-sequence-first": Architecture(
+        torch_encoder(False), hidden, encoder(2 * LAYERS), gone=("Reshape", "Gather", "Gemm")
+    ),
     "resnet": Architecture(resnet, pixels, {}),
     "mobilenet": Architecture(mobilenet, pixels, {}),
     "unet": Architecture(unet, pixels, {"GroupNormalization": 3}),
@@ -299,11 +336,12 @@ def export(architecture: Architecture, how: str, path: Path) -> None:
             self.model = model
 
         def forward(self, *given: Any) -> Any:
-            if len(given) == 1 and next(iter(sample)) == "pixel_values" and not hasattr(model, "config"):
+            if len(given) == 1 and not hasattr(model, "config"):
                 return self.model(given[0])
             return self.model(**dict(zip(sample, given, strict=True))).last_hidden_state
 
     axes = {name: {0: "batch", **({1: "sequence"} if value.ndim == 2 else {})} for name, value in sample.items()}
+    axes |= {"hidden_states": {}} if "hidden_states" in sample else {}
     options: dict[str, Any] = {"opset_version": int(opset), "input_names": list(sample), "output_names": ["output"]}
     if exporter == "dynamo":
         options |= {"dynamo": True, "dynamic_shapes": {"given": tuple(axes.values())}, "external_data": False}
@@ -374,3 +412,4 @@ def test_architecture(name: str, how: str, tmp_path: Path) -> None:
     onnx.checker.check_model(to_model(graph), full_check=True)
     compare(before, graph, architecture)
     assert Counter(counted(graph)) == Counter(architecture.counts)  # 0 is as good as none
+    assert not {node.op for node in graph.nodes} & set(architecture.gone)

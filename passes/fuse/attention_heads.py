@@ -25,6 +25,8 @@ from llmc.passes.shapes.dimensions import Dimensions
 
 SPLIT = [0, 2, 1, 3]
 """The order of axes between [batch, sequence, heads, size] and [batch, heads, sequence, size]."""
+SEQUENCE_FIRST = [2, 0, 1, 3]
+"""From [batch, heads, sequence, size] to [sequence, batch, heads, size], as torch.nn.MultiheadAttention has it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Plan:
 
     inputs: tuple[Heads, Heads, Heads]
     merge: Node
-    """The Transpose of its result to [batch, sequence, heads, size]."""
+    """The Transpose of its result to [batch, sequence, heads, size], or to [sequence, batch, heads, size]."""
     factor: float
     """What queries and keys were multiplied with before they were split into heads."""
 
@@ -142,13 +144,13 @@ class HeadFolder:
         return before is not None and after is not None and _joined(after) == before
 
     def _merge(self, node: Node) -> Node:
-        """The Transpose [b, h, s, d] → [b, s, h, d] that alone reads the result, behind nodes that change nothing."""
+        """The Transpose to [b, s, h, d] or [s, b, h, d] that alone reads it, behind nodes that change nothing."""
         tensor = node.outputs[0]
         while True:
             users = users_of(tensor)
             if id(tensor) in self.given_back or len(users) != 1:
                 raise NotAttentionError(f"'{tensor.name}', split into heads, is an output of the graph or used twice")
-            if users[0].op == "Transpose" and users[0].attrs.get("perm") == SPLIT:
+            if users[0].op == "Transpose" and users[0].attrs.get("perm") in (SPLIT, SEQUENCE_FIRST):
                 return users[0]
             if not self._is_same(users[0]) or users[0].inputs[0] is not tensor:
                 raise NotAttentionError(f"its result goes to {called(users[0])}, where a Transpose of heads is needed")
@@ -165,6 +167,8 @@ class HeadFolder:
             attributes["scale"] = scale_attribute(attributes.get("scale", size**-0.5) * plan.factor, size)
         made = op.Attention(query, key, value, *node.inputs[3:], **attributes)
         made.inputs[0].name = node.name
+        if plan.merge.attrs["perm"] == SEQUENCE_FIRST:
+            made = op.Transpose(made, perm=[1, 0, 2])
         merged = plan.merge.outputs[0]
         users = users_of(merged)
         as_one = id(merged) not in self.given_back and all(self._reads_flat(user, merged) for user in users)

@@ -45,7 +45,8 @@ class FuseAttention(Pass):
 
     Where queries, keys and values are [b, s, h·d] before a Reshape and a Transpose split them into heads, and the
     result is put together again, Attention takes and gives [b, s, h·d] itself (`q_num_heads`, `kv_num_heads`). So do
-    Attention nodes that were there before, and a RotaryEmbedding between. Shapes must prove the number of heads.
+    Attention nodes that were there before, and a RotaryEmbedding between. Shapes must prove the number of heads. Where
+    the result is put together as [s, b, h·d], Attention gives [b, s, h·d] to a Transpose.
 
     Left alone: a row that may be -inf everywhere and is not made 0 (it is NaN, but 0 in Attention; finite numbers such
     as -3.4e38 never do that), weights that are used elsewhere, masks of a shape that is not certain.

@@ -93,6 +93,34 @@ class GemmTransposedB(_GemmTransposed):
         return values | {"b": values["b"][::-1]}
 
 
+class TransposedRows(Rewrite):
+    """A product and a bias between two Transposes of the axes that both leave alone, where the second undoes the first.
+
+    torch.nn.MultiheadAttention with `batch_first` projects its result so.
+    """
+
+    def pattern(self, op: Any, x: Any, weight: Weight, bias: Weight, there: Attribute, back: Attribute) -> Any:
+        product = op.MatMul(op.Transpose(x, perm=there), weight)
+        return op.Transpose(op.Add(product, bias), perm=back)
+
+    def check(self, weight: Any, bias: Any, there: Any, back: Any) -> str | None:
+        if there is None or back is None or [there[axis] for axis in back] != sorted(there):
+            return f"the transposition {back} does not undo {there}"
+        if there[-1] != len(there) - 1:
+            return f"the transposition {there} moves the last axis"
+        if len(weight.shape) != 2 or len(bias.shape) != 1:
+            return f"'{weight.name}' is no matrix, or '{bias.name}' no bias of its columns"
+        return None
+
+    def replace(self, op: Any, x: Any, weight: Any, bias: Any) -> Any:
+        return op.Add(op.MatMul(x, weight), bias)
+
+    def example(self, rng: np.random.Generator) -> dict[str, Any]:
+        outer, middle, inner, columns = (int(n) for n in rng.integers(2, 6, 4))
+        shapes = {"x": (outer, middle, inner), "weight": (inner, columns), "bias": (columns,)}
+        return shapes | {"there": [1, 0, 2], "back": [1, 0, 2]}
+
+
 def _not_matrices(*tensors: Tensor) -> str | None:
     for tensor in tensors:
         shape = shape_of(tensor)
@@ -118,7 +146,8 @@ class FuseGemm(RewritePass):
 
     a [M, K], b [K, N], bias constant that broadcasts to [M, N]: `Add(MatMul(a, b), bias)` → `Gemm(a, b, bias)`;
     `Add(Gemm(a, b), bias)` → `Gemm(a, b, bias)`; `Gemm(Transpose(a), b)` → `Gemm(a, b, transA=1)`, b alike. Products
-    of more than two axes stay MatMul and Add.
+    of more than two axes stay MatMul and Add; of x [s, b, k], weight [k, n] and bias [n] constant,
+    `Transpose(Add(MatMul(Transpose(x), weight), bias))` → `Add(MatMul(x, weight), bias)` where both swap s and b.
 
     **Safety:** tolerance; the same sum, rounded once instead of twice.
 
@@ -128,4 +157,4 @@ class FuseGemm(RewritePass):
     after: ClassVar = ("fold-constants",)
     safety: ClassVar = "tolerance"
     repeat: ClassVar = True
-    rules: ClassVar = (GemmFromMatMul(), GemmBias(), GemmTransposedA(), GemmTransposedB())
+    rules: ClassVar = (GemmFromMatMul(), GemmBias(), GemmTransposedA(), GemmTransposedB(), TransposedRows())
