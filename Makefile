@@ -26,10 +26,10 @@ demo: $(INSTALLED) ## Compile the MiniLM sentence encoder to a TensorRT engine, 
 	$(BIN)/llmc compile "$(MINILM)" --recipe minilm-fp16 -o build/minilm-fp16
 
 test: $(INSTALLED) ## Run the tests, but for the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(INSTALLED) ## Run every test that this machine can run
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m ''
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m ''
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check

@@ -18,6 +18,11 @@ ASSETS = Path(__file__).parent / "assets"
 GraphParser = Callable[..., Graph]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that compile whole models come first: one of them at the end would leave all other workers idle."""
+    items.sort(key=lambda item: len(item.path.parts))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The user's own cache is neither read nor written."""
