@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from llmc.passes.graph import (
+    DOMAIN,
     Array,
     Constant,
     Derived,
@@ -19,6 +20,7 @@ from llmc.passes.graph import (
     load_values,
     numpy_dtype,
     onnx_dtype,
+    specs,
 )
 from llmc.passes.simplify.evaluate import RANDOM
 
@@ -139,9 +141,12 @@ def _positions(tensors: list[Tensor], formal: tuple[bool, ...]) -> set[int]:
 def _signature(op: str, domain: str, opset: int, half: str) -> tuple[int, tuple[bool, ...], tuple[bool, ...]] | None:
     """The version of the operator, and for each input and output whether it may be `half`; None if ONNX has none."""
     version = opset if not domain else onnx.defs.onnx_opset_version()
-    if not onnx.defs.has(op, version, domain):
+    if domain == DOMAIN and op in specs():
+        schema = specs()[op].SCHEMA
+    elif onnx.defs.has(op, version, domain):
+        schema = onnx.defs.get_schema(op, version, domain)
+    else:
         return None
-    schema = onnx.defs.get_schema(op, version, domain)
     allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
 
     def takes(parameters: list[onnx.defs.OpSchema.FormalParameter]) -> tuple[bool, ...]:

@@ -35,6 +35,7 @@ from llmc.compiler.recipe import Recipe
 from llmc.passes.base import Context, Skip
 from llmc.passes.graph import Array, load_model, save_model
 from llmc.passes.precision.quantize_weights import QuantizeWeights
+from llmc.passes.precision.share_weights import ShareWeights
 
 TESTS = Path(__file__).parent.parent
 LENGTH = 256
@@ -183,6 +184,14 @@ def llmc(subject: Subject, path: Path, block: int, **parameters: Any) -> None:
     save_model(graph, path)
 
 
+def shared(subject: Subject, path: Path, block: int, bits: int = 4) -> None:
+    """As many numbers in codebooks as `block` makes scales."""
+    graph = load_model(subject.path)
+    activations = SampledActivations(subject.calibration, "the calibration windows")
+    ShareWeights(bits=bits, values=block << bits).run(graph, Context(activations=activations))
+    save_model(graph, path)
+
+
 def onnxruntime(subject: Subject, path: Path, block: int, make: Callable[[Any, int, Any], Any]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, matmul_nbits_quantizer
 
@@ -229,6 +238,7 @@ METHODS: dict[str, Callable[[Subject, Path, int], None]] = {
     "llmc awq asymmetric": ours(method="awq", symmetric=False),
     "llmc gptq": ours(method="gptq"),
     "llmc gptq sequential": ours(method="gptq", sequential=True),
+    "llmc share-weights": shared,
     "llmc gptq asymmetric": ours(method="gptq", symmetric=False),
 }
 SUBJECTS = {"tiny_llama": tiny_llama, "minilm": minilm}

@@ -6,6 +6,8 @@ order of columns by their weight in the error ("act-order") and grids that are f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from llmc.passes.graph import Array
@@ -16,30 +18,43 @@ DAMPING = 0.01
 STRIDE = 128
 """Columns after which what they owe to the others is paid; changes speed only."""
 
+Nearest = Callable[[int, Array], tuple[Array, Array]]
+"""(number of a column, its values [rows]) → the nearest levels, and what they stand for."""
+
 
 def gptq(matrix: Array, grid: Grid, hessian: Array) -> Rounded:
     """Round `matrix` [rows, depth] to `grid` so that ΣΔ·H·Δᵀ is small, H = `hessian` [depth, depth].
 
     With H a multiple of the identity this is rounding to nearest. Memory: four matrices float64 [depth, depth].
     """
+
+    def nearest(column: int, values: Array) -> tuple[Array, Array]:
+        block = column // grid.levels.block
+        scale, zero = grid.scale[:, block], grid.zero[:, block]
+        level = np.clip(np.rint(values / scale) + zero, grid.levels.low, grid.levels.high)
+        return level, (level - zero) * scale
+
+    return Rounded.of(grid.levels.blocks(one_after_another(matrix, hessian, nearest)), grid)
+
+
+def one_after_another(matrix: Array, hessian: Array, nearest: Nearest) -> Array:
+    """The levels, as float32 [rows, depth], that `nearest` gives column by column, each time after what the columns
+    before owe to this one has been paid."""
     order = np.argsort(-np.diag(hessian), kind="stable")
     inverse = _inverse_factor(hessian[np.ix_(order, order)])
     columns = np.ascontiguousarray(matrix.astype(np.float32, copy=False)[:, order].T)
     levels = np.empty_like(columns)
-    block = order // grid.levels.block
     for start in range(0, len(order), STRIDE):
         stop = min(start + STRIDE, len(order))
         errors = np.empty((stop - start, matrix.shape[0]), np.float32)
         for i in range(start, stop):
-            scale, zero = grid.scale[:, block[i]], grid.zero[:, block[i]]
-            level = np.clip(np.rint(columns[i] / scale) + zero, grid.levels.low, grid.levels.high)
-            errors[i - start] = (columns[i] - (level - zero) * scale) / inverse[i, i]
+            levels[i], values = nearest(int(order[i]), columns[i])
+            errors[i - start] = (columns[i] - values) / inverse[i, i]
             columns[i + 1 : stop] -= np.outer(inverse[i, i + 1 : stop], errors[i - start])
-            levels[i] = level
         columns[stop:] -= inverse[start:stop, stop:].T @ errors
     restored = np.empty_like(levels)
     restored[order] = levels
-    return Rounded.of(grid.levels.blocks(np.ascontiguousarray(restored.T)), grid)
+    return np.ascontiguousarray(restored.T)
 
 
 def _inverse_factor(hessian: Array) -> Array:
