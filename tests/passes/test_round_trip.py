@@ -167,8 +167,9 @@ def test_what_does_not_fuse_computes_the_same(twins: list[Twin]) -> None:
     compared = set()
     for twin in twins:
         newest = max(opset.version for opset in twin.model.opset_import)
-        # ONNX Runtime ends at opset 26. It draws Bernoulli's numbers anew.
-        if twin.operator in FUSED or newest > 26 or twin.operator == "Bernoulli" or not is_float32(twin):
+        # ONNX Runtime ends at opset 26, and cannot run Swish above 24. It draws Bernoulli's numbers anew.
+        swish = newest > 24 and any(node.op_type == "Swish" for node in twin.model.graph.node)
+        if twin.operator in FUSED or newest > 26 or swish or twin.operator == "Bernoulli" or not is_float32(twin):
             continue
         graph, feeds = twin.graph()
         for step in PASSES:
