@@ -61,7 +61,7 @@ class Blocks:
 def blocks_of(structure: Structure, whole: int = WHOLE_BYTES, limit: int = BLOCK_BYTES) -> Blocks | None:
     """The model in blocks; None for one of at most `whole` bytes of weights, or one that cannot be cut.
 
-    A cut goes only through tensors whose element type is known.
+    A cut goes only through tensors whose element type is known. Raises LlmcError where ONNX Runtime cannot run a block.
     """
     if sum(held.nbytes for held in structure.weights.values()) <= whole:
         return None
@@ -81,6 +81,7 @@ def blocks_of(structure: Structure, whole: int = WHOLE_BYTES, limit: int = BLOCK
         done = sorted(name for name, end in last.items() if end == index)
         taken = sorted(read[index] - made[index])
         blocks.append(Block(part_of(structure, group, types, handed_on), tuple(taken), tuple(handed_on), tuple(done)))
+        Runner(blocks[-1].structure)  # what it takes to run is known from the start
     return Blocks(blocks)
 
 

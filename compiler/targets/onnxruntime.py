@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmc.compiler.blocks import WHOLE_BYTES
 from llmc.compiler.errors import LlmcError, TargetError
 from llmc.compiler.session import Session
 from llmc.compiler.targets import Availability, BuildRequest, Built, Progress, TargetKind, installed_version
@@ -45,12 +46,19 @@ class OnnxRuntime:
         return problems
 
     def build(self, model: Path, folder: Path, request: BuildRequest, progress: Progress) -> Built:  # noqa: ARG002
-        """Load `model` as its users will, with ONNX Runtime's default optimizations, on the CPU."""
+        """Load `model` as its users will, with ONNX Runtime's default optimizations, on the CPU.
+
+        Those copy the weights: a model of more than `WHOLE_BYTES` is loaded without them, and stays a mapped file.
+        """
         import onnxruntime as ort
 
         progress("loading it in ONNX Runtime")
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        large = sum(path.stat().st_size for path in folder.glob(f"{model.name}*")) > WHOLE_BYTES
+        if large:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             session = ort.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
@@ -59,6 +67,7 @@ class OnnxRuntime:
             facts={
                 "builder": "ONNX Runtime",
                 "builder_version": ort.__version__,
+                "optimizations": "not tried: they would copy the weights" if large else "default",
                 "providers": session.get_providers(),
                 "inputs": [_signature(tensor) for tensor in session.get_inputs()],
                 "outputs": [_signature(tensor) for tensor in session.get_outputs()],

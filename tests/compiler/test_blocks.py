@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llmc.compiler.blocks import blocks_of
 from llmc.compiler.runner import Runner
+from llmc.passes.base import LlmcError
 from llmc.passes.graph import Array, Structure, from_model, to_structure
 
 WIDTH = 32
@@ -113,3 +114,10 @@ def test_what_a_subgraph_captures_is_handed_on(captured: str) -> None:
     for choice in (True, False):
         feeds = {**values(), "q": np.array(choice)}
         np.testing.assert_array_equal(blocks.run(feeds, ["y"])[0], Runner(structure).run(feeds, ["y"])[0])
+
+
+def test_a_block_that_cannot_run_is_told_before_anything_runs() -> None:
+    structure = layers(3)
+    structure.model.graph.node[-1].op_type = "Unknown"
+    with pytest.raises(LlmcError, match="Unknown"):
+        blocks_of(structure, whole=0, limit=WEIGHT)

@@ -28,11 +28,21 @@ def test_says_what_a_user_will_load(parse: Any, tmp_path: Path) -> None:
     assert built.facts == {
         "builder": "ONNX Runtime",
         "builder_version": TARGET.versions["onnxruntime"],
+        "optimizations": "default",
         "providers": ["CPUExecutionProvider"],
         "inputs": ["x float32[n, 4]", "i int64[n]"],
         "outputs": ["y float32[n, 4]", "j int64[n]"],
     }
     assert list(tmp_path.iterdir()) == [model]
+
+
+def test_a_large_model_is_loaded_without_a_copy_of_its_weights(
+    parse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmc.compiler.targets.onnxruntime.WHOLE_BYTES", 8)
+    (model,) = save_model(parse(RELU), tmp_path / "model.onnx")
+    built = TARGET.build(model, tmp_path, REQUEST, lambda _phase: None)
+    assert built.facts["optimizations"] == "not tried: they would copy the weights"
 
 
 def test_check_names_what_it_does_not_run(parse: Any) -> None:
