@@ -33,6 +33,8 @@ class Inserter:
         self.fresh = fresh_names(graph)
         self.made: dict[tuple[int, int | None], Variable] = {}
         """(id of the tensor, channel axis; None for an activation) → what DequantizeLinear gives."""
+        self.readers: dict[int, Node] = {}
+        """id of a quantized activation → the node that its pair stands before."""
         self.before: dict[int, list[Node]] = {}
         """id of a node → nodes that must stand before it."""
         self.replaced: list[Tensor] = []
@@ -46,12 +48,17 @@ class Inserter:
             else:
                 node.inputs[position] = self._activation(product, tensor, amax[tensor.name])
 
+    def reuse(self, node: Node, position: int) -> None:
+        """Let `node`, which stands after the pair of one of its inputs, read what that pair gives."""
+        node.inputs[position] = self.made[id(node.inputs[position]), None]
+
     def _activation(self, product: Product, tensor: Tensor, amax: float) -> Variable:
         if (id(tensor), None) not in self.made:
             parameters = self._parameters(tensor.name, self.levels.scales(np.asarray(amax), product.dtype))
             quantized = Variable(self.fresh(f"{tensor.name}_{self.levels.name}"), self.levels.numpy, tensor.shape)
             self._node("QuantizeLinear", product.node, [tensor, *parameters], quantized)
             self._dequantize(product, tensor, [quantized, *parameters])
+            self.readers[id(tensor)] = product.node
         return self.made[id(tensor), None]
 
     def _weight(self, product: Product) -> Variable:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from typing import ClassVar
 
-from llmc.passes.base import Safety
+from pydantic import Field
+
+from llmc.passes.base import Context, PassResult, Safety
+from llmc.passes.graph import Graph, Node
+from llmc.passes.precision.insert_qdq import Inserter
 from llmc.passes.precision.levels import INT8
 from llmc.passes.precision.quantize_products import QuantizeProducts
+from llmc.passes.precision.residuals import residuals, share
 
 
 class QuantizeInt8(QuantizeProducts):
@@ -17,8 +24,11 @@ class QuantizeInt8(QuantizeProducts):
     W: int8 constant → DequantizeLinear(W, s, 0, axis), s [channels] = amax(W, channel) / 127.
     Zero points are int8 zeros. Scales have the type of the tensor that they quantize, float32 or float16, and are
     rounded up to float16 values, so that a later convert-fp16 moves no grid. One Q/DQ pair serves all consumers of
-    an activation. What each output channel is off on average goes into the bias, or an Add. A weight behind Transpose,
-    Reshape or Cast is quantized as its consumer sees it, with one int8 copy for each channel axis that it is used with.
+    an activation. Where a residual connection adds such an activation to what a quantized Conv gives (ResNet,
+    MobileNet), the Add reads it from that pair too, so that TensorRT writes and reads it as int8 alone; behind
+    attention it does not. What each output channel is off on average goes into the bias, or an Add. A weight behind
+    Transpose, Reshape or Cast is quantized as its consumer sees it, with one int8 copy for each channel axis that it
+    is used with.
 
     **Safety:** lossy. Rounding moves each value by at most half a scale; beyond the calibrated range it clips.
 
@@ -30,3 +40,17 @@ class QuantizeInt8(QuantizeProducts):
 
     safety: ClassVar[Safety] = "lossy"
     levels: ClassVar = INT8
+
+    residuals: bool = Field(
+        True, description="Let residual Adds of convolutional nets read int8 too; ONNX Runtime gains nothing by it."
+    )
+
+    def _others(self, _graph: Graph) -> list[Node]:
+        return [found.node for found in residuals(_graph)] if self.residuals else []
+
+    def _besides(
+        self, graph: Graph, quantized: Collection[int], inserter: Inserter, context: Context, result: PassResult
+    ) -> None:
+        if self.residuals:
+            apply = partial(context.apply, result)
+            result.near_misses += share(graph, inserter, quantized, self._refusals(graph), apply)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -67,25 +67,39 @@ class QuantizeProducts(SelectivePass):
                 "biases are not corrected: that needs calibration.data beside calibration.statistics"
             )
         measured = self._measure(graph, loud, amax, context)
-        inserter, biases = Inserter(graph, self.levels), []
+        inserter, biases, quantized = Inserter(graph, self.levels), [], set()
         for index in loud:
             product, loss = products[index], measured.get(index)
             detail = product.describe(amax) + (f"; moves its result by {loss.relative:.2%}" if loss else "")
             if context.apply(result, type(self).__name__, product.node, detail):
                 inserter.quantize(product, amax)
+                quantized.add(id(product.node))
                 result.asked[product.node.name] = self.levels.numpy.name
                 if loss is not None and loss.bias is not None and bias_is_known(product.node):
                     biases.append((product.node, loss.bias.astype(product.dtype)))
+        self._besides(graph, quantized, inserter, context, result)
         inserter.finish()
         _correct(graph, biases)
         if not loud:
             result.warnings.append("nothing was quantized; the report says why for each node")
         return result
 
+    def _others(self, _graph: Graph) -> list[Node]:
+        """Nodes that `include` and `exclude` name beside products."""
+        return []
+
+    def _besides(
+        self, graph: Graph, quantized: Collection[int], inserter: Inserter, context: Context, result: PassResult
+    ) -> None:
+        """Let others read quantized activations beside the nodes with the ids `quantized`."""
+
+    def _refusals(self, graph: Graph) -> dict[int, str]:
+        return self.refusals([node for node in graph.nodes if is_operator(node, PRODUCTS)], self._others(graph))
+
     def _survey(self, graph: Graph) -> tuple[list[Product], PassResult]:
         """What to quantize, in graph order, and a result that holds why each other product is left alone."""
         result = PassResult()
-        refusals = self.refusals([node for node in graph.nodes if is_operator(node, PRODUCTS)])
+        refusals = self._refusals(graph)
         products = []
         for node in graph.nodes:
             if is_operator(node, PRODUCTS | OTHERS):

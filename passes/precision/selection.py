@@ -40,29 +40,31 @@ class SelectivePass(Pass):
     include: list[Pattern] = Field(["*"], description=f"Take these nodes only: {LANGUAGE}.")
     exclude: list[Pattern] = Field([], description="Leave these nodes alone; patterns as for `include`.")
 
-    def refusals(self, nodes: Sequence[Node]) -> dict[int, str]:
+    def refusals(self, nodes: Sequence[Node], others: Sequence[Node] = ()) -> dict[int, str]:
         """id of each of `nodes`, all that the pass could take, that the recipe does not let it take → why not.
 
-        Raises LlmcError for a pattern that names none of them.
+        `others` can be named too, but are no layers: neither the first nor the last. Raises LlmcError for a pattern
+        that names none of them.
         """
-        included = named(nodes, self.include, f"{self.key()}: include")
-        excluded = named(nodes, self.exclude, f"{self.key()}: exclude")
-        return {id(node): "no pattern includes it" for node in nodes if id(node) not in included} | {
+        included = named(nodes, self.include, f"{self.key()}: include", others)
+        excluded = named(nodes, self.exclude, f"{self.key()}: exclude", others)
+        return {id(node): "no pattern includes it" for node in (*nodes, *others) if id(node) not in included} | {
             key: f"excluded by '{pattern}'" for key, pattern in excluded.items()
         }
 
 
-def named(nodes: Sequence[Node], patterns: Iterable[str], where: str) -> dict[int, str]:
-    """id of each of `nodes`, in graph order, that a pattern names → the first pattern that does.
+def named(nodes: Sequence[Node], patterns: Iterable[str], where: str, others: Sequence[Node] = ()) -> dict[int, str]:
+    """id of each of `nodes` (layers, in graph order) and `others` that a pattern names → the first pattern that does.
 
     Raises LlmcError for a pattern that names none of them ('*' may); the message begins with `where`.
     """
     found: dict[int, str] = {}
     for pattern in patterns:
         matches = _matcher(pattern, nodes)
-        matched = [node for node in nodes if matches(node)]
+        matched = [node for node in (*nodes, *others) if matches(node)]
         if not matched and pattern != "*":
-            raise LlmcError(f"{where} pattern '{pattern}' matches no node that it could take{_nearest(pattern, nodes)}")
+            near = _nearest(pattern, (*nodes, *others))
+            raise LlmcError(f"{where} pattern '{pattern}' matches no node that it could take{near}")
         for node in matched:
             found.setdefault(id(node), pattern)
     return found
