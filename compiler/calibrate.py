@@ -13,10 +13,13 @@ from itertools import islice
 
 import numpy as np
 
+from llmc.compiler.cache.keys import code_digest, environment
+from llmc.compiler.cache.memory import NOTHING, Memory
+from llmc.compiler.cache.statistics import recall
 from llmc.compiler.calibration_file import Statistics
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.session import Session
-from llmc.passes.base import Clipped
+from llmc.passes.base import Clipped, Measured
 from llmc.passes.graph import Array, Graph, shape_of
 from llmc.passes.precision.levels import LEVELS
 
@@ -80,6 +83,19 @@ class Histogram:
     def used(self) -> int:
         """How many bins reach from 0 to the largest value."""
         return int(self.amax / self.width) + 1
+
+    def measured(self) -> Measured:
+        """All of it, as arrays."""
+        return {name: np.asarray(value) for name, value in vars(self).items()}
+
+    @classmethod
+    def of(cls, measured: Measured) -> Histogram:
+        """What `measured` was made of."""
+        histogram = cls()
+        histogram.counts = measured["counts"]
+        histogram.zeros, histogram.exponent = int(measured["zeros"]), int(measured["exponent"])
+        histogram.amax = float(measured["amax"])
+        return histogram
 
 
 # Where to clip: each method takes a histogram with at least one value above 0, and gives a magnitude
@@ -163,6 +179,7 @@ class SampledActivations:
         random: bool = False,
         digest: str | None = None,
         known: Statistics | None = None,
+        memory: Memory = NOTHING,
     ) -> None:
         self.known = known
         """What clipping points are taken from, where an earlier compile has measured them: no sample is run."""
@@ -175,6 +192,8 @@ class SampledActivations:
         self.random = random
         """Whether the samples were made up, where real ones would count: whoever uses them is warned."""
         self.warnings: list[str] = []
+        self.memory = memory
+        """Where statistics of earlier compiles are found, and those of this one are kept."""
 
     def amax(
         self, graph: Graph, tensors: Sequence[str], *, method: str, percentile: float, samples: int
@@ -195,6 +214,19 @@ class SampledActivations:
         self, graph: Graph, tensors: Sequence[str], method: str, percentile: float, samples: int
     ) -> dict[str, Clipped]:
         clip = _clipping(method, percentile)
+        wanted = dict.fromkeys(tensors, "histogram")
+        found = self.recall(graph, __name__, wanted, samples, partial(self._histograms, graph, samples))
+        numbers = {tensor: int(measured["samples"]) for tensor, measured in found.items()}
+        fewest = min(numbers.values(), default=samples)
+        if fewest < samples:
+            self._warn(f"calibration asked for {samples} samples, {self.source} has {fewest}: used them all")
+        histograms = {tensor: Histogram.of(measured) for tensor, measured in found.items()}
+        return {
+            tensor: Clipped(method, percentile, numbers[tensor], h.amax, clip(h) if h.amax else 0.0)
+            for tensor, h in histograms.items()
+        }
+
+    def _histograms(self, graph: Graph, samples: int, tensors: Sequence[str]) -> dict[str, Measured]:
         histograms = {tensor: Histogram() for tensor in tensors}
         number = 0
         for number, values in self.stream(graph, tensors, samples):
@@ -205,20 +237,35 @@ class SampledActivations:
                         "remove that sample, or exclude the nodes that use the tensor"
                     )
                 histograms[tensor].add(value)
-        if number < samples:
-            self._warn(f"calibration asked for {samples} samples, {self.source} has {number}: used them all")
-        return {
-            tensor: Clipped(method, percentile, number, h.amax, clip(h) if h.amax else 0.0)
-            for tensor, h in histograms.items()
-        }
+        return {tensor: {**h.measured(), "samples": np.asarray(number)} for tensor, h in histograms.items()}
 
     def absolute_maximum(self, graph: Graph, tensors: Sequence[str]) -> dict[str, float]:
         """The largest magnitude of each tensor over all samples; infinity or NaN where it gets there."""
-        peaks = dict.fromkeys(tensors, 0.0)
-        for _, values, _ in self._run(graph, tensors, None):
-            for tensor, value in values.items():
-                peaks[tensor] = float(np.maximum(peaks[tensor], np.max(np.abs(value), initial=0.0)))
-        return peaks
+
+        def measure(names: Sequence[str]) -> dict[str, Measured]:
+            peaks = {name: np.zeros((), np.float64) for name in names}
+            for _, values, _ in self._run(graph, names, None):
+                for tensor, value in values.items():
+                    peaks[tensor] = np.asarray(np.maximum(peaks[tensor], np.max(np.abs(value), initial=0.0)))
+            return {name: {"peak": peak} for name, peak in peaks.items()}
+
+        found = self.recall(graph, __name__, dict.fromkeys(tensors, "peak"), None, measure)
+        return {tensor: float(measured["peak"]) for tensor, measured in found.items()}
+
+    def recall(
+        self,
+        graph: Graph,
+        kind: str,
+        wanted: Mapping[str, object],
+        samples: int | None,
+        make: Callable[[Sequence[str]], Mapping[str, Measured]],
+    ) -> Mapping[str, Measured]:
+        """As `passes.base.Activations`; kept where the cache is in use, and the digest of the data known."""
+        self._tell()
+        if self.memory.store is None or not self.digest:
+            return make(list(wanted))
+        code = (code_digest(kind), code_digest(__name__), environment())
+        return recall(self.memory, (kind, self.memory.digest(graph), self.digest, samples, *code), wanted, make)
 
     def stream(
         self, graph: Graph, tensors: Sequence[str], samples: int | None = None
@@ -237,11 +284,7 @@ class SampledActivations:
         self, graph: Graph, tensors: Sequence[str], samples: int | None
     ) -> Iterator[tuple[int, dict[str, Array], Array | None]]:
         """Sample by sample the values of `tensors`, padding and all, and the attention mask."""
-        if self.random:
-            self._warn(
-                "calibrated on RANDOM inputs: the scales fit no real data, accuracy will suffer; "
-                "give real samples with --calibration DATA"
-            )
+        self._tell()
         inputs = {tensor.name for tensor in graph.inputs}
         computed = [tensor for tensor in tensors if tensor not in inputs]
         session = Session(graph, computed)
@@ -251,6 +294,13 @@ class SampledActivations:
             yield number, {**given, **(session.run(feeds, computed) if computed else {})}, feeds.get(MASK)
         if number == 0:
             raise LlmcError(f"calibration: {self.source} has no samples; give some with --calibration DATA")
+
+    def _tell(self) -> None:
+        if self.random:
+            self._warn(
+                "calibrated on RANDOM inputs: the scales fit no real data, accuracy will suffer; "
+                "give real samples with --calibration DATA"
+            )
 
     def _warn(self, message: str) -> None:
         if message not in self.warnings:

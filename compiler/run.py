@@ -69,7 +69,7 @@ class Run:
         loud = samples.random and getattr(step, "calibration", None) is not None
         known = self.plan.statistics_of(step)
         digest = key_of(samples.digest, len(samples), samples.name, loud, self.loaded.end.digest, known)
-        return SampledActivations(samples, samples.name, random=loud, digest=digest, known=known)
+        return SampledActivations(samples, samples.name, random=loud, digest=digest, known=known, memory=self.memory)
 
     def calibrated(self, step: pipeline.Step) -> None:
         """Keep what a finished step asked of its calibration data."""

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -121,6 +121,10 @@ class Ledger:
         return self.taken
 
 
+Measured = Mapping[str, Array]
+"""What was measured of one tensor or node: arrays of plain numbers, by name."""
+
+
 class Activations(Protocol):
     """What tensors of a graph look like on calibration data; implemented by the compiler."""
 
@@ -131,6 +135,20 @@ class Activations(Protocol):
 
     def absolute_maximum(self, graph: Graph, tensors: Sequence[str]) -> Mapping[str, float]:
         """The largest magnitude that each tensor reaches on the data (infinite or NaN where it gets there)."""
+
+    def recall(
+        self,
+        graph: Graph,
+        kind: str,
+        wanted: Mapping[str, object],
+        samples: int | None,
+        make: Callable[[Sequence[str]], Mapping[str, Measured]],
+    ) -> Mapping[str, Measured]:
+        """What `make` measures of the names in `wanted`, or has measured of them in an earlier compile.
+
+        `make` is given the names that are not known. What it measures of one depends on the graph, the first `samples`
+        samples, the code of the module `kind`, and the plain values in `wanted`, and on no other name.
+        """
 
     def stream(
         self, graph: Graph, tensors: Sequence[str], samples: int | None = None

@@ -18,7 +18,7 @@ from llmc.compiler.cache.collect import collect
 from llmc.compiler.cache.keys import key_of
 from llmc.compiler.cache.store import Record, Store
 from llmc.compiler.report.statistics import count_operators, weights_by_dtype
-from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values
+from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values, to_structure
 
 T = TypeVar("T")
 _LOGGER = logging.getLogger("llmc.cache")
@@ -161,6 +161,10 @@ class Memory:
         """Keep plain values, which may refer to blobs."""
         self._write(lambda store: store.keep(kind, key_of(kind, *parts), value, blobs))
 
+    def add(self, data: bytes) -> str | None:
+        """Keep bytes; their digest, or None where they cannot be kept."""
+        return self._write(lambda store: store.add(data))
+
     def add_files(self, files: Sequence[Path]) -> dict[str, str] | None:
         """Keep copies of files: name → digest, or None where they cannot be kept."""
         return self._write(lambda store: {file.name: store.add_file(file) for file in files})
@@ -176,6 +180,19 @@ class Memory:
             return self._state(store, GraphRef(model, weights))
 
         return self._write(write) or State(lambda: structure)
+
+    def digest(self, graph: Graph) -> str:
+        """Of a graph, weights included, as `State.digest`; nothing is kept."""
+
+        def reference(held: Array | Weights) -> WeightRef:
+            dtype = int(onnx.helper.np_dtype_to_tensor_dtype(held.dtype))
+            known = self._known.get(id(held))
+            digest = known[1] if known else hashlib.sha256(raw_values(held, dtype)).hexdigest()
+            return WeightRef(digest, dtype, tuple(held.shape))
+
+        structure = to_structure(graph)
+        weights = {name: reference(held) for name, held in structure.weights.items()}
+        return GraphRef(hashlib.sha256(_bytes(structure.model)).hexdigest(), weights).digest
 
     def find_state(self, kind: str, *parts: object) -> tuple[Mapping[str, Any], State] | None:
         """The record that `keep_state` wrote, and its graph."""

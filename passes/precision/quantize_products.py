@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from llmc.passes.base import Context, LlmcError, Need, PassResult, Skip
+from llmc.passes.base import Context, LlmcError, Measured, Need, PassResult, Skip
 from llmc.passes.graph import Array, Graph, Node, copy_graph, fresh_names, infer_shapes, outputs_of_scopes, scopes
 from llmc.passes.opset import raise_opset
 from llmc.passes.precision.bias import add_bias, bias_is_known
@@ -66,7 +66,7 @@ class QuantizeProducts(SelectivePass):
             result.warnings.append(
                 "biases are not corrected: that needs calibration.data beside calibration.statistics"
             )
-        measured = self._measure(graph, loud, amax, context)
+        measured = self._measure(graph, products, loud, amax, context)
         inserter, biases, quantized = Inserter(graph, self.levels), [], set()
         for index in loud:
             product, loss = products[index], measured.get(index)
@@ -114,15 +114,28 @@ class QuantizeProducts(SelectivePass):
                     result.kept[node.name] = "inside a subgraph: its tensors cannot be calibrated"
         return products, result
 
-    def _measure(self, graph: Graph, chosen: list[int], amax: Mapping[str, float], context: Context) -> dict[int, Loss]:
+    def _measure(
+        self, graph: Graph, products: list[Product], chosen: list[int], amax: Mapping[str, float], context: Context
+    ) -> dict[int, Loss]:
         """What each chosen product, by its place in the survey, loses by it while all before it is float."""
-        if not chosen or not self.correct_bias or context.activations is None or self.calibration.scales_alone:
+        activations, samples = context.activations, self.calibration.samples
+        if not chosen or not self.correct_bias or activations is None or self.calibration.scales_alone:
             return {}
-        twin = copy_graph(graph)
-        found, _ = self._survey(twin)
-        same = [found[index] for index in chosen]
-        measured = losses(twin, same, self.levels, amax, context.activations, self.calibration.samples)
-        return dict(zip(chosen, measured, strict=True))
+        index_of = {products[index].node.outputs[0].name: index for index in chosen}
+
+        def measure(names: Sequence[str]) -> dict[str, Measured]:
+            twin = copy_graph(graph)
+            found, _ = self._survey(twin)
+            same = [found[index_of[name]] for name in names]
+            measured = losses(twin, same, self.levels, amax, activations, samples)
+            return {name: loss.measured() for name, loss in zip(names, measured, strict=True)}
+
+        wanted = {
+            name: [self.levels.name, {tensor: amax[tensor] for tensor in products[index].names}]
+            for name, index in index_of.items()
+        }
+        found = activations.recall(graph, losses.__module__, wanted, samples, measure)
+        return {index: Loss.of(products[index].channels, found[name]) for name, index in index_of.items()}
 
     def _refusal(self, node: Node) -> str | None:
         if node.op in OTHERS:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from llmc.passes.base import Activations
+from llmc.passes.base import Activations, Measured
 from llmc.passes.graph import Array, Graph, Node, Variable, fresh_names
 from llmc.passes.precision.insert_qdq import Inserter
 from llmc.passes.precision.levels import Levels
@@ -37,6 +37,18 @@ class Loss:
         if self.channels is not None:
             sums = np.moveaxis(off, self.channels, -1).reshape(-1, off.shape[self.channels]).sum(axis=0)
             self.total = sums if self.total is None else self.total + sums
+
+    def measured(self) -> Measured:
+        """All of it, as arrays; an empty total stands for none."""
+        total = np.empty(0) if self.total is None else self.total
+        return {"sums": np.array([self.values, self.signal, self.noise]), "total": total}
+
+    @classmethod
+    def of(cls, channels: int | None, measured: Measured) -> Loss:
+        """What `measured` was made of."""
+        values, signal, noise = measured["sums"]
+        total = measured["total"] if measured["total"].size else None
+        return cls(channels, int(values), float(signal), float(noise), total)
 
     @property
     def bias(self) -> Array | None:

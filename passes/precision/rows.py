@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmc.passes.base import Activations, LlmcError
+from llmc.passes.base import Activations, LlmcError, Measured
 from llmc.passes.graph import Array, Graph
 
 FOLDS = 2
@@ -68,6 +68,18 @@ class Rows:
         largest: Array = np.maximum.reduce([fold.high for fold in self.folds])
         return largest
 
+    def measured(self) -> Measured:
+        """All of it, as arrays."""
+        return {f"{name}{i}": value for i, fold in enumerate(self.folds) for name, value in vars(fold).items()}
+
+    @classmethod
+    def of(cls, channels: int, measured: Measured) -> Rows:
+        """What `measured` was made of."""
+        rows = cls(channels)
+        names = ("low", "high", "digests", "rows")
+        rows.folds = [Fold(*(measured[f"{name}{i}"] for name in names)) for i in range(FOLDS)]
+        return rows
+
 
 def _add(fold: Fold, rows: Array, digests: Array) -> None:
     fold.low = np.minimum(fold.low, rows.min(axis=0))
@@ -90,10 +102,20 @@ def digest(rows: Array) -> Array:
 
 
 def gather_rows(activations: Activations, graph: Graph, channels: Mapping[str, int], samples: int) -> dict[str, Rows]:
-    """The rows of each tensor, of so many channels along its last axis, in one pass over the samples.
+    """The rows of each tensor, of so many channels along its last axis, in one pass over the samples or known before.
 
     Raises LlmcError where a tensor is NaN or infinite.
     """
+
+    def measure(names: Sequence[str]) -> dict[str, Measured]:
+        found = _gather(activations, graph, {name: channels[name] for name in names}, samples)
+        return {name: rows.measured() for name, rows in found.items()}
+
+    known = activations.recall(graph, __name__, channels, samples, measure)
+    return {name: Rows.of(channels[name], measured) for name, measured in known.items()}
+
+
+def _gather(activations: Activations, graph: Graph, channels: Mapping[str, int], samples: int) -> dict[str, Rows]:
     found = {name: Rows(size) for name, size in channels.items()}
     for number, values in activations.stream(graph, list(channels), samples):
         for name, value in values.items():

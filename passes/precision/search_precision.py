@@ -249,6 +249,7 @@ class _Remembered:
         self._amax: dict[tuple[str, str, float, int], float] = {}
         self.absolute_maximum = activations.absolute_maximum
         self.stream = activations.stream
+        self.recall = activations.recall
 
     def amax(
         self, graph: Graph, tensors: Sequence[str], *, method: str, percentile: float, samples: int
