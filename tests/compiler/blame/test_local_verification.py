@@ -22,13 +22,8 @@ from llmc.compiler.verification.local import LocalVerifier
 from llmc.passes.base import Ledger
 from llmc.passes.graph import copy_graph, load_model
 
-FAULTS = {
-    "bert": ("tanh-gelu", "no-mask", "transposed-weight", "overflow", "bad-scale"),
-    "llama": ("large-epsilon", "no-mask", "transposed-weight", "overflow", "bad-scale"),
-    "resnet": ("no-bias", "shifted-padding", "transposed-filter", "overflow", "bad-scale"),
-}
-ALLOWED = 3
-"""The budget, in errors of the same compile without the fault."""
+from .conftest import ALLOWED, FAULTS
+
 BAR = 0.5
 """The part of a forward pass that local verification of one pass may cost, for each sample."""
 

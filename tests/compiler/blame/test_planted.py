@@ -17,16 +17,11 @@ import pytest
 from llmc.compiler.blame import bisect
 from llmc.compiler.blame.reproducer import reproduce
 
-FAULTS = {
-    "bert": ("tanh-gelu", "no-mask", "transposed-weight", "overflow", "bad-scale"),
-    "llama": ("large-epsilon", "no-mask", "transposed-weight", "overflow", "bad-scale"),
-    "resnet": ("no-bias", "shifted-padding", "transposed-filter", "overflow", "bad-scale"),
-}
+from .conftest import ALLOWED, FAULTS
+
 SAMPLE = ("tanh-gelu", "overflow", "bad-scale")
 SIZES = ("base", "medium", "medium", "medium")
 """Of BERT, for each seed: the first has the shape of BERT-base."""
-ALLOWED = 3
-"""The budget, in errors of the same compile without the fault: rounding that comes in another order is far below."""
 
 
 def check(case: Any, place: Path) -> None:
