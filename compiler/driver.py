@@ -14,7 +14,7 @@ from llmc.compiler.cache import builds
 from llmc.compiler.cache.memory import Memory, State, open_memory
 from llmc.compiler.cache.store import DamagedError
 from llmc.compiler.errors import BudgetError, PrecisionError, TargetError
-from llmc.compiler.evidence import evidence_place, keep_fallback
+from llmc.compiler.evidence import evidence_place, keep_fallback, keep_task
 from llmc.compiler.generation.tokenizer import copy_tokenizer
 from llmc.compiler.loaders import Feeds
 from llmc.compiler.loaders.tasks import TEXT_GENERATION
@@ -97,7 +97,7 @@ def _run(
         last = run_passes(run, loaded)
     except pipeline.PassCrash as crash:
         raise crashed(run, crash) from crash
-    run.task = _task(run, last)
+    _measure_task(run, last)
     with artifact(output, force=force) as folder:
         model = folder / "model.onnx"
         graph = last.graph
@@ -137,28 +137,40 @@ def _verifier(made: Plan, loaded: pipeline.Step, memory: Memory, progress: Progr
     return Verifier(lambda feeds: reference()(feeds), made.verification, section.asked, memory, about, custom)
 
 
-def _task(run: Run, last: pipeline.Step) -> TaskReport | None:
+def _measure_task(run: Run, last: pipeline.Step) -> None:
     """The measure of the task, of the source model and of the graph. Raises BudgetError where too much was lost."""
     made, section = run.plan, run.plan.recipe.verify.task
     if section is None:
-        return None
+        return
     run.progress(f"measuring {section.metric}")
     with run.timed("verify"):
         task = Task(section, run.loaded.graph, made.tokenizer, made.longest())
         source = task.measure(made.loaded.reference or Session(run.loaded.graph).run)
         compiled = task.measure(Session(last.graph).run)
     drop = task.drop(source, compiled)
+    run.task = TaskReport(
+        metric=section.metric, data=section.data.name, samples=len(task.rows), source=source, compiled=compiled,
+        drop=drop, max_drop=section.max_drop,
+    )  # fmt: skip
     if section.max_drop is not None and not drop <= section.max_drop:
         problem = (
             f"{section.metric} went from {source:.4g} to {compiled:.4g}: it loses {drop:.3g}, {section.max_drop:g} may"
         )
         if made.recipe.verify.on_failure != "warn":
-            raise BudgetError(f"{problem}.\n`llmc bisect` finds the pass; verify.on_failure: warn goes on")
+            raise _task_lost(run, last, problem)
         made.warnings.append(problem)
-    return TaskReport(
-        metric=section.metric, data=section.data.name, samples=len(task.rows), source=source, compiled=compiled,
-        drop=drop, max_drop=section.max_drop,
-    )  # fmt: skip
+
+
+def _task_lost(run: Run, last: pipeline.Step, problem: str) -> BudgetError:
+    """The error to end with, once the evidence is kept."""
+    evidence = evidence_place(run.output)
+    report = run.report(last.graph, None)
+    report.status = "over budget"
+    command = keep_task(evidence, run.plan.recipe, run.loaded.before, last.graph, run.given(), report)
+    return BudgetError(
+        f"{problem}.\n`llmc bisect` finds the pass; verify.on_failure: warn goes on. The graphs before and after all "
+        f"passes are in {evidence / 'repro'}; to see it again:\n  {command}"
+    )
 
 
 def _build(run: Run, final: State, model: Path, folder: Path) -> Built:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,26 @@ def keep_breach(output: Path, recipe: Recipe, step: Step, original: Structure, g
         save_model(step.graph, repro / "after.onnx")
         _write_samples(given.verification, repro / "inputs")
         _write_recipe(recipe, slice(step.index), given, header, repro)
+    return _command(output, "loaded.onnx", *_tokenizer(given))
+
+
+def keep_task(output: Path, recipe: Recipe, original: Structure, final: Graph, given: Given, report: Report) -> str:
+    """Write the report and `output`/repro; return the command that measures the task, and loses too much, again.
+
+    `loaded.onnx` is the graph as loaded, `final.onnx` the one after the last pass; the labelled data stands beside
+    `recipe.yaml`, which has all passes.
+    """
+    section = recipe.verify.task
+    assert section is not None
+    data = Path(f"labelled{section.data.suffix}")
+    with _evidence(output, report) as repro:
+        save_model(from_structure(original), repro / "loaded.onnx")
+        save_model(final, repro / "final.onnx")
+        _write_samples(given.verification, repro / "inputs")
+        shutil.copyfile(section.data, repro / data)
+        verify = recipe.verify.model_copy(update={"task": section.model_copy(update={"data": data})})
+        header = f"{recipe.name}, which lost too much of the task's {section.metric}"
+        _write_recipe(replace(recipe, verify=verify), slice(None), given, header, repro)
     return _command(output, "loaded.onnx", *_tokenizer(given))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.compiler import catalogue, pipeline
-from llmc.compiler.errors import LlmcError
+from llmc.compiler.errors import InternalError, LlmcError
 from llmc.compiler.loaders import load
 from llmc.compiler.recipe import Recipe
 from llmc.passes.base import Pass, PassResult
@@ -39,7 +39,7 @@ class Explanation:
 def explain(source: str, key: str, recipe: Recipe) -> Explanation:
     """Load `source`, run the recipe's passes up to `key` (all of them where it has no such pass), then `key` itself.
 
-    Raises LlmcError for an unknown pass, or for one that needs calibration data.
+    Raises LlmcError for an unknown pass, or for one that needs calibration data, and InternalError where one crashes.
     """
     kind = catalogue.find(key)
     if kind.needs:
@@ -48,7 +48,13 @@ def explain(source: str, key: str, recipe: Recipe) -> Explanation:
     end = keys.index(key) if key in keys else len(keys)
     chosen: Pass = recipe.passes[end] if key in keys else kind()
     first = [step for step in recipe.passes[:end] if not step.needs]
-    *_, last = pipeline.run(pipeline.loaded(load(source).graph), [*first, chosen], lambda _: None)
+    try:
+        *_, last = pipeline.run(pipeline.loaded(load(source).graph), [*first, chosen], lambda _: None)
+    except pipeline.PassCrash as crash:
+        raise InternalError(
+            f"{crash}.\nThis is a bug of llmc; `llmc compile` with a recipe that has {crash.step.key} keeps the graph "
+            "before it, the traceback, and the command that shows it again"
+        ) from crash
     return Explanation(key, tuple(step.key() for step in first), last.result, last.skipped)
 
 

@@ -207,7 +207,7 @@ def _pass(report: Report, step: PassReport) -> Markup:
         ("rewrites", text.plural(len(step.rewrites), "rewrite") if step.rewrites else ""),
         ("misses", text.plural(len(step.near_misses), "near miss") if step.near_misses else ""),
         ("error", f"max abs {text.local(step, text.difference(furthest))}" if furthest is not None else ""),
-        ("last", text.seconds(summary.step_seconds(report, step))),
+        ("last", summary.step_time(report, step)),
     ]
     line = element("summary", *(element("span", value, class_=class_) for class_, value in cells))
     return element(
@@ -400,7 +400,7 @@ def _provenance(report: Report) -> Markup:
         about.append(("budgets", budgets or "none"))
         if verification.task:
             about.append(("task", text.task(verification.task)))
-    times = [(step, text.seconds(value)) for step, value in report.timings.steps.items()]
+    times = [(step, text.time_of(report.timings, step)) for step in report.timings.steps]
     return section(
         "Where it came from",
         pairs(about),

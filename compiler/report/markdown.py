@@ -89,7 +89,7 @@ def _pass_row(report: Report, step: PassReport) -> tuple[object, ...]:
         text.scaled(step.weight_bytes_after, "B"),
         text.local(step, text.similarity(summary.worst_cosine(step))),
         text.local(step, text.difference(summary.worst_max_abs(step))),
-        text.seconds(summary.step_seconds(report, step)),
+        summary.step_time(report, step),
     )
 
 

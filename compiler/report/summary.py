@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llmc.compiler.report import LayerPrecision, NearMissLine, OutputNumerics, PassReport, Report
+from llmc.compiler.report.text import time_of
 
 
 @dataclass
@@ -45,10 +46,9 @@ class PrecisionGroup:
         return self.asked == self.found and (self.engine in ("", self.found) or " " in self.found)
 
 
-def step_seconds(report: Report, step: PassReport) -> float | None:
-    """Seconds that a step took; None where they were not taken."""
-    steps = report.timings.steps
-    return steps.get(f"{step.index} {step.key}", steps.get(step.key))
+def step_time(report: Report, step: PassReport) -> str:
+    """How long a step took, or that it was found in the cache; '' where no time was taken."""
+    return time_of(report.timings, f"{step.index} {step.key}" if step.index else step.key)
 
 
 def worst_cosine(step: PassReport) -> float | None:

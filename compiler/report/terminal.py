@@ -142,7 +142,7 @@ def _columns(report: Report) -> dict[str, Callable[[PassReport], str | Text]]:
         "Weights": lambda step: text.scaled(step.weight_bytes_after, "B"),
         "Cosine": lambda step: text.local(step, text.similarity(summary.worst_cosine(step))),
         "Max abs": lambda step: text.local(step, text.difference(summary.worst_max_abs(step))),
-        "Time": lambda step: Text(text.seconds(summary.step_seconds(report, step)), "dim"),
+        "Time": lambda step: Text(summary.step_time(report, step), "dim"),
     }
 
 

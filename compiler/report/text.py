@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from llmc.compiler.report import GraphReport, OutputNumerics, PassReport, TaskReport, TradeOffLine
+from llmc.compiler.report import GraphReport, OutputNumerics, PassReport, TaskReport, Timings, TradeOffLine
 
 _BREAK = re.compile(r"[ \t]*[\r\n\t]+[ \t]*")
 
@@ -36,6 +36,15 @@ def seconds(value: float | None) -> str:
     if value < 60:
         return f"{value:.1f} s"
     return f"{int(value) // 60} min {int(value) % 60} s"
+
+
+CACHED = "cached"
+"""In the place of the time of a step that was not run, but found in the cache."""
+
+
+def time_of(timings: Timings, step: str) -> str:
+    """How long a step took ('load', '1 fold-constants', 'build'), or that it was found in the cache."""
+    return CACHED if step in timings.cached else seconds(timings.steps.get(step))
 
 
 def similarity(cosine: float | None) -> str:

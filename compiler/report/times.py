@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmc.compiler.report import Timings
+from llmc.compiler.report.text import CACHED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +21,7 @@ def rows(timings: Timings) -> list[tuple[str, float, float]]:
 
 
 def render(timings: Timings, console: Console) -> None:
-    """Print the table: seconds and percent of each step, and of verifying it."""
+    """Print the table: seconds and percent of each step, and of verifying it; where it was cached, of looking it up."""
     from rich.table import Table
 
     total = timings.total or 1.0
@@ -32,5 +33,6 @@ def render(timings: Timings, console: Console) -> None:
     table.add_column("%", f"{100 * sum(timings.verification.values()) / total:.1f}", justify="right")
     for name, own, verification in rows(timings):
         measured = (f"{verification:.3f}", f"{100 * verification / total:.1f}") if verification else ("", "")
-        table.add_row(name, f"{own:.3f}", f"{100 * own / total:.1f}", *measured)
+        shown = f"{name} ({CACHED})" if name in timings.cached else name
+        table.add_row(shown, f"{own:.3f}", f"{100 * own / total:.1f}", *measured)
     console.print(table)

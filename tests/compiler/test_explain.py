@@ -6,9 +6,12 @@ import onnx
 import onnx.parser
 import pytest
 
-from llmc.compiler.errors import LlmcError
+from llmc.compiler.errors import InternalError, LlmcError
 from llmc.compiler.explain import explain
 from llmc.compiler.recipe import Recipe
+from llmc.passes.base import Pass
+from llmc.passes.fuse.fuse_gelu import FuseGelu
+from llmc.passes.simplify.fold_constants import FoldConstants
 
 MODEL = (
     '<ir_version: 10, opset_import: ["": 20]> g (float[N,4] x) => (float[N,4] y) '
@@ -25,6 +28,16 @@ def test_where_a_pass_fired_and_where_it_came_close(tmp_path: Path) -> None:
     assert [r.rule for r in found.result.rewrites] == ["GeluFromErf"]
     (miss,) = found.result.near_misses
     assert "'t' is 1.5, GeluFromErf needs 1.41421" in miss.reason
+
+
+@pytest.mark.parametrize("wrong", [FuseGelu, FoldConstants])
+def test_a_crash_is_one_message(wrong: type[Pass], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the pass itself, and of one that runs before it."""
+    onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "m.onnx")
+    monkeypatch.setattr(wrong, "run", lambda *_: 1 / 0)
+    with pytest.raises(InternalError, match=f"{wrong.key()}, crashed: ZeroDivisionError: division by zero") as caught:
+        explain(str(tmp_path / "m.onnx"), "fuse-gelu", Recipe.load("optimize"))
+    assert caught.value.exit_code == 1
 
 
 def test_a_pass_that_needs_data_is_refused(tmp_path: Path) -> None:

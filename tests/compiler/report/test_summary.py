@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
 
-from llmc.compiler.report import LayerPrecision, NearMissLine, OutputNumerics, PassReport, Report, summary
+from rich.console import Console
+
+from llmc.compiler.report import (
+    LayerPrecision,
+    NearMissLine,
+    OutputNumerics,
+    PassReport,
+    Report,
+    html,
+    markdown,
+    summary,
+    terminal,
+)
 
 
 def numerics(max_abs: float, cosine: float) -> OutputNumerics:
@@ -55,8 +68,20 @@ def test_precision_starts_with_what_was_not_given() -> None:
     ]
 
 
-def test_seconds_are_found_by_number_or_by_name(report: Report) -> None:
-    assert [summary.step_seconds(report, step) for step in report.passes] == [19.4, 0.16, None]
+def test_times_are_found_by_number_or_by_name(report: Report) -> None:
+    assert [summary.step_time(report, step) for step in report.passes] == ["19.4 s", "0.16 s", ""]
+
+
+def test_what_was_cached_has_no_time_of_its_own(report: Report) -> None:
+    report.timings.cached = ["load", "1 fuse-gelu", "build"]
+    assert [summary.step_time(report, step) for step in report.passes] == ["cached", "cached", ""]
+    console = Console(file=io.StringIO(), width=160)
+    terminal.render(report, console)
+    for page in (html.render(report), markdown.render(report), console.file.getvalue()):  # type: ignore[attr-defined]
+        assert "cached" in page
+        assert "0.16 s" not in page
+        assert "19.4 s" not in page
+        assert "41.2 s" in page  # of the whole compile
 
 
 def test_operator_changes_have_both_sides() -> None:

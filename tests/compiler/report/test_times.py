@@ -30,6 +30,12 @@ def test_rows_sum_to_the_total() -> None:
     assert sum(own + verification for _, own, verification in rows(TIMINGS)) == pytest.approx(TIMINGS.total)
 
 
+def test_a_cached_step_is_marked() -> None:
+    stream = io.StringIO()
+    render(TIMINGS.model_copy(update={"cached": ["1 fuse-gelu"]}), Console(file=stream, width=80))
+    assert [line.split("  ")[0] for line in stream.getvalue().splitlines()[2:4]] == ["1 fuse-gelu (cached)", "build"]
+
+
 def test_the_table() -> None:
     stream = io.StringIO()
     render(TIMINGS, Console(file=stream, width=80))

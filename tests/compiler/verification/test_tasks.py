@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from llmc.compiler import BudgetError
 from llmc.compiler import compile as run_compile
+from llmc.compiler.artifact import check_artifact
+from llmc.compiler.cli import app
 from llmc.compiler.data.labelled import Labelled, read_labelled
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.recipe.sections import TaskSection
@@ -141,11 +144,19 @@ def test_a_compile_measures_the_task_and_keeps_its_limit(tokenizer: Path, monkey
     assert report.verification is not None
     assert report.verification.task is not None
     assert (report.verification.task.source, report.verification.task.compiled) == (1, 1)
-    values = iter([1.0, 0.5] * 2)
+    values = iter([1.0, 0.5] * 3)
     monkeypatch.setattr(Task, "measure", lambda *_: next(values))
-    with pytest.raises(BudgetError, match=r"accuracy went from 1 to 0\.5: it loses 0\.5, 0\.1 may"):
+    with pytest.raises(BudgetError, match=r"accuracy went from 1 to 0\.5: it loses 0\.5, 0\.1 may") as caught:
         run_compile(str(tokenizer / "m.onnx"), recipe, tokenizer / "worse", tokenizer=tokenizer)
     assert not (tokenizer / "worse").exists()
+    check_artifact(tokenizer / "worse.failed")
+    kept = json.loads((tokenizer / "worse.failed/report.json").read_text())
+    assert (kept["status"], kept["verification"]["task"]["drop"]) == ("over budget", 0.5)
+    (tokenizer / "labelled.tsv").rename(tokenizer / "elsewhere.tsv")
+    again = shlex.split(str(caught.value).splitlines()[-1])
+    with pytest.raises(BudgetError, match=r"accuracy went from 1 to 0\.5"):
+        app(again[1:], standalone_mode=False)
+    (tokenizer / "elsewhere.tsv").rename(tokenizer / "labelled.tsv")
     recipe.write_text(RECIPE.format("warn"))
     warned = run_compile(str(tokenizer / "m.onnx"), recipe, tokenizer / "worse", tokenizer=tokenizer)
     assert any("accuracy went from 1 to 0.5" in warning for warning in warned.warnings)
