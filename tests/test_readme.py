@@ -114,6 +114,10 @@ def test_every_shipped_recipe_builds_an_engine(recipe: str, place: Path) -> None
 def test_the_shipped_recipes_for_onnx_runtime_build(place: Path) -> None:
     run("llmc compile hf-dir --recipe onnxruntime-int8 --verify-inputs texts.txt -o build/shipped-cpu", place)
     assert (place / "build/shipped-cpu/model.onnx").stat().st_size > 0
+    static = "build/shipped-cpu-static"
+    run(f"llmc compile hf-dir --recipe onnxruntime-int8-static --calibration texts.txt -o {static}", place)
+    operators = {node.op_type for node in onnx.load(place / static / "model.onnx").graph.node}
+    assert "MatMulIntegerToFloat" in operators
     run("llmc compile hf-dir --recipe onnxruntime-int4 --calibration texts.txt -o build/shipped-cpu-int4", place)
     operators = {node.op_type for node in onnx.load(place / "build/shipped-cpu-int4/model.onnx").graph.node}
     assert "MatMulNBits" in operators
@@ -121,5 +125,5 @@ def test_the_shipped_recipes_for_onnx_runtime_build(place: Path) -> None:
 
 def test_no_shipped_recipe_is_left_out() -> None:
     engines = {"optimize", "fp16", "bf16", "int8", "fp8", "int4", "onnx-int8", "minilm-fp16", "minilm-int8"}
-    others = {"onnxruntime-int8", "onnxruntime-int4"}
+    others = {"onnxruntime-int8", "onnxruntime-int8-static", "onnxruntime-int4"}
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == engines | others

@@ -151,6 +151,7 @@ _FORMULAS: dict[str, Callable[[Node], int]] = {
     "MatMul": _matmul,
     "CodebookMatMul": _matmul,
     "MatMulInteger": _matmul,
+    "MatMulIntegerToFloat": _matmul,
     "QLinearMatMul": _matmul,
     "Gemm": _gemm,
     "Conv": _conv,

@@ -40,6 +40,7 @@ OPERANDS = {
     "QLinearMatMul": 1,
     "QLinearConv": 1,
     "com.microsoft::MatMulNBits": 1,
+    "com.microsoft::MatMulIntegerToFloat": 1,
     "llmc::CodebookMatMul": 1,
     "LayerNormalization": 1,
     "RMSNormalization": 1,
@@ -120,6 +121,8 @@ def layer_precision(graph: Graph, asked: Mapping[str, str], kept: Mapping[str, s
 def _found_precision(node: Node) -> str:
     if node.op in ("MatMulNBits", "CodebookMatMul"):
         return f"int{node.attrs.get('bits', 4)} weights"
+    if node.op == "MatMulIntegerToFloat":  # its activation may be unsigned: INT8 arithmetic all the same
+        return dtype_name(onnx_dtype(node.inputs[1]))
     operands = [tensor for tensor in node.inputs[: OPERANDS[operator_name(node)]] if tensor.name]
     stored = [_dequantized_from(tensor) for tensor in operands]
     quantized = [tensor for tensor in stored if tensor is not None]

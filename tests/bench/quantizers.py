@@ -18,7 +18,7 @@ Quantize = Callable[[Path, Path, list[dict[str, Any]]], None]
 
 
 def llmc(recipe: str) -> Quantize:
-    """The passes of a recipe up to INT8, without verification."""
+    """The passes of a recipe, without verification."""
     from llmc.compiler.calibrate import SampledActivations
     from llmc.compiler.recipe import Recipe
     from llmc.passes.base import Context, Skip
@@ -28,8 +28,6 @@ def llmc(recipe: str) -> Quantize:
         graph = load_model(source)
         context = Context(activations=SampledActivations(samples))
         for step in Recipe.load(recipe).passes:
-            if step.key() == "convert-fp16":
-                continue
             try:
                 step.run(graph, context)
             except Skip:
@@ -127,7 +125,7 @@ def modelopt(method: str) -> Quantize:
 
 
 QUANTIZERS: dict[str, Callable[[], Quantize]] = {
-    "llmc static": lambda: llmc("minilm-int8"),
+    "llmc static": lambda: llmc("onnxruntime-int8-static"),
     "llmc dynamic": lambda: llmc("onnxruntime-int8"),
     "ort static minmax": lambda: ort_static("MinMax"),
     "ort static entropy": lambda: ort_static("Entropy"),
