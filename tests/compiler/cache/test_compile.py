@@ -13,7 +13,9 @@ import pytest
 from llmc.compiler import compile as run_compile
 from llmc.compiler.artifact import check_artifact
 from llmc.compiler.cache import place
+from llmc.compiler.errors import LlmcError
 from llmc.compiler.recipe import Recipe
+from llmc.compiler.targets import availability
 
 from .conftest import content, timings, write_model
 
@@ -129,6 +131,28 @@ def test_one_byte_of_any_cached_file_that_changes_is_noticed(
         kinds.add(path.parts[path.parts.index("v1") + 1 : -2])
     assert kinds == {("blobs",), *(("records", kind) for kind in KINDS)}
     assert cached(compiled(model, tmp_path / "last")) == ALL
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["onnx", "onnxruntime", pytest.param("tensorrt-rtx", marks=pytest.mark.slow)],
+)
+def test_one_byte_of_any_file_of_an_artifact_that_changes_is_noticed(target: str, model: Path, tmp_path: Path) -> None:
+    if any(entry.kind == target and entry.missing for entry in availability()):
+        pytest.skip(f"{target} cannot build here")
+    artifact = compiled(model, tmp_path / "out", f"target.kind={target}")
+    names = check_artifact(artifact)
+    assert sorted(names) == sorted(path.name for path in artifact.iterdir())
+    assert {"manifest.json", "model.onnx", "recipe.yaml", "report.html", "report.json", "report.md"} <= set(names)
+    assert ("model.engine" in names) == (target == "tensorrt-rtx")
+    for name in names:
+        whole = (artifact / name).read_bytes()
+        for byte in {0, len(whole) // 2, len(whole) - 1}:
+            (artifact / name).write_bytes(whole[:byte] + bytes([whole[byte] ^ 1]) + whole[byte + 1 :])
+            with pytest.raises(LlmcError, match=rf"{name} is not as it was written|is no artifact of llmc"):
+                check_artifact(artifact)
+        (artifact / name).write_bytes(whole)
+    assert check_artifact(artifact) == names
 
 
 def test_a_cache_that_is_gone_or_empty_is_made_anew(model: Path, tmp_path: Path) -> None:
