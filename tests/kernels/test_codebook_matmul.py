@@ -12,11 +12,8 @@ from hypothesis import strategies as st
 from llmc.compiler.report.flops import count_flops
 from llmc.compiler.report.statistics import layer_precision
 from llmc.compiler.session import Session
-from llmc.compiler.targets import BuildRequest, Range
-from llmc.compiler.targets.tensorrt import TensorRT
-from llmc.compiler.targets.tensorrt_import import availability
 from llmc.kernels.codebook_matmul.reference import pack, reference, unpack, weight
-from llmc.passes.graph import Array, save_model, to_model
+from llmc.passes.graph import Array, to_model
 
 BITS = (2, 3, 4, 8)
 EPSILON = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -94,18 +91,11 @@ def tensors_of(bits: int, dtype: Any, rows: int = 32, depth: int = 60) -> dict[s
     }
 
 
-@pytest.mark.skipif(bool(availability("tensorrt-rtx").missing), reason="TensorRT-RTX is not installed")
 @pytest.mark.parametrize(
     ("bits", "dtype"), [(2, np.float16), (3, np.float32), (4, ml_dtypes.bfloat16), (8, np.float16)]
 )
-def test_an_engine_is_built_through_the_body(one_node: Any, bits: int, dtype: Any, tmp_path: Any) -> None:
-    graph = one_node("CodebookMatMul", tensors_of(bits, dtype), {"y": dtype}, bits=bits)
-    request = BuildRequest([{"batch": Range(1, 2, 8)}], (80,))
-    target = TensorRT("tensorrt-rtx")
-    assert target.check(graph, request) == []
-    save_model(graph, tmp_path / "model.onnx")
-    (tmp_path / "engine").mkdir()
-    built = target.build(tmp_path / "model.onnx", tmp_path / "engine", request, lambda _: None)
+def test_an_engine_is_built_through_the_body(one_node: Any, builds: Any, bits: int, dtype: Any) -> None:
+    built = builds(one_node("CodebookMatMul", tensors_of(bits, dtype), {"y": dtype}, bits=bits))
     products = [layer for layer in built.layers if layer["product"]]
     assert [(layer["nodes"], layer["product"]) for layer in products] == [(["node"], np.dtype(dtype).name)]
 
@@ -114,3 +104,45 @@ def test_reports_know_it_as_a_product(one_node: Any) -> None:
     graph = one_node("CodebookMatMul", tensors_of(4, np.float32), {"y": np.float32}, bits=4)
     assert count_flops(graph, {"batch": 8}) == (2 * 8 * 32 * 60, 0)
     assert [layer.found for layer in layer_precision(graph, {}, {})] == ["int4 weights"]
+
+
+# The kernel, in Triton's interpreter. bfloat16 is left to the GPU: the interpreter multiplies its bits as integers.
+
+
+@settings(deadline=None, max_examples=15)
+@given(problems(), st.sampled_from([None, 1, 2, 3]))
+def test_the_kernel_is_the_reference(
+    interpreter: Any, problem: tuple[int, dict[str, Array]], columns: int | None
+) -> None:
+    bits, tensors = problem
+    x = tensors["x"].reshape(-1, tensors["x"].shape[-1])
+    tensors = {**tensors, "x": x}
+    outputs = {"y": ((len(x), len(tensors["packed"])), x.dtype)}
+    strides = {} if columns is None else {"x": columns}
+    found = interpreter("codebook_matmul", tensors, outputs, strides, bits=bits)["y"].astype(np.float64)
+    assert (np.abs(found - reference(**tensors, bits=bits)) <= bound(**tensors, bits=bits)).all()
+
+
+@pytest.mark.parametrize("shape", [(17, 70, 130), (33, 32, 64), (1, 1, 1)], ids=str)
+def test_the_kernel_covers_several_tiles(interpreter: Any, shape: tuple[int, int, int]) -> None:
+    rows, count, depth = shape
+    rng = np.random.default_rng(0)
+    tensors = {
+        "x": rng.standard_normal((rows, depth)).astype(np.float32),
+        "packed": pack(rng.integers(0, 16, (count, depth)), 4),
+        "codebook": rng.standard_normal((1, 1, 16)).astype(np.float32),
+    }
+    found = interpreter("codebook_matmul", tensors, {"y": ((rows, count), np.float32)}, bits=4)["y"]
+    assert (np.abs(found - reference(**tensors, bits=4)) <= bound(**tensors, bits=4)).all()
+
+
+def test_the_kernel_keeps_special_values_to_their_rows(interpreter: Any) -> None:
+    tensors = tensors_of(3, np.float32)
+    x = np.random.default_rng(0).standard_normal((4, 60)).astype(np.float32)
+    x[1, 7], x[2, 59] = np.nan, np.inf
+    tensors = {**tensors, "x": x}
+    found = interpreter("codebook_matmul", tensors, {"y": ((4, 32), np.float32)}, bits=3)["y"]
+    expected = reference(**tensors, bits=3)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
+    assert np.isfinite(found[[0, 3]]).all()

@@ -1,0 +1,1 @@
+"""AddRMSNormQuantize: residual add, RMS normalization and quantization in one pass over memory."""

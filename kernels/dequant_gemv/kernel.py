@@ -1,0 +1,67 @@
+"""DequantGemv in Triton: each program sums a few rows of the weight, reading two values a byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dequant_gemv(
+    x,
+    weight,
+    scale,
+    y,
+    N,
+    K,
+    x_row,
+    y_row,
+    block,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y [M, N] = x [M, K] · Wᵀ, a program for each row of x and BLOCK_N rows of W; weight uint8 [N, K / 2], low nibble
+    first. Columns of x and y are contiguous."""
+    m = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = n.to(tl.int64)[:, None]
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, K // 2, BLOCK_K):
+        byte = start + tl.arange(0, BLOCK_K)
+        inside = (n < N)[:, None] & (byte < K // 2)[None, :]
+        pair = tl.load(weight + rows * (K // 2) + byte[None, :], mask=inside, other=0).to(tl.int32)
+        for half in tl.static_range(2):
+            level = (((pair >> (4 * half)) & 15) ^ 8) - 8
+            k = 2 * byte + half
+            factor = tl.load(scale + rows * (K // block) + (k // block)[None, :], mask=inside, other=0.0)
+            value = (level.to(tl.float32) * factor.to(tl.float32)).to(scale.dtype.element_ty).to(tl.float32)
+            given = tl.load(x + m * x_row + k, mask=k < K, other=0.0).to(tl.float32)
+            total += value * given[None, :]
+    tl.store(y + m * y_row + n, tl.sum(total, axis=1).to(y.dtype.element_ty), mask=n < N)
+
+
+SIZES = {"BLOCK_N": 8, "BLOCK_K": 256}
+OPTIONS = {"num_warps": 4, "num_stages": 2}
+VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, int], dict[str, int], int]] = {
+    dtype: (
+        dequant_gemv,
+        {"x": f"*{dtype}", "weight": "*u8", "scale": f"*{dtype}", "y": f"*{dtype}"}
+        | dict.fromkeys(["N", "K", "x_row", "y_row", "block"], "i32"),
+        SIZES,
+        OPTIONS,
+        80,
+    )
+    for dtype in ("fp16", "bf16")
+}
+"""What is shipped → kernel, types of its arguments, constants, options of the compiler, the least SM that has it."""
+
+
+def launch(x: Any, weight: Any, scale: Any, y: Any, *, block: int) -> None:
+    """Write y [M, N], of x [M, K], weight uint8 [N, K / 2] with the first of two values in the low nibble, and scale
+    [N, K / block]; torch's tensors. The last axes of x and y are contiguous."""
+    (rows, depth), count = x.shape, weight.shape[0]
+    dequant_gemv[(triton.cdiv(count, SIZES["BLOCK_N"]), rows)](
+        x, weight, scale, y, count, depth, x.stride(0), y.stride(0), block, **SIZES, **OPTIONS
+    )
