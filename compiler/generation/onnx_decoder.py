@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.generation.decoder import Decoder, Input
+from llmc.compiler.generation.decoder import LONGEST, Decoder, Input
 from llmc.passes.cache.static_cache import KEY, StaticCache
 
 
@@ -31,7 +31,8 @@ def open_decoder(model: Path) -> Decoder:
     inputs = [Input(given.name, _dtype(given.type), tuple(given.shape)) for given in session.get_inputs()]
     types = {given.name: given.dtype for given in inputs}
     names = [output.name for output in session.get_outputs()]
-    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    about = session.get_modelmeta().custom_metadata_map
+    text, longest = about.get(KEY), int(about[LONGEST]) if LONGEST in about else None
     static = None if text is None else StaticCache.model_validate_json(text)
 
     def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,8 +46,8 @@ def open_decoder(model: Path) -> Decoder:
         return static.outputs(given, dict(zip(names, session.run(names, static.feeds(given, types)), strict=True)))
 
     if static is None:
-        return Decoder(inputs, names, run)
-    return Decoder([given for given in inputs if given.name != static.past_length], names, run_static)
+        return Decoder(inputs, names, run, longest)
+    return Decoder([given for given in inputs if given.name != static.past_length], names, run_static, longest)
 
 
 def _ort_value(value: Any) -> Any:

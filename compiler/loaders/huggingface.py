@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.compiler.cache.keys import code_digest, environment
 from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.generation.decoder import LONGEST
 from llmc.compiler.loaders import Cache, Feeds, Loaded, Progress, digest_files
 from llmc.compiler.loaders.checkpoint import Checkpoint, open_checkpoint
 from llmc.compiler.loaders.hub import SETTINGS
@@ -131,6 +132,8 @@ def _export(source: _TorchModel, opset: int | None, files: Mapping[str, Path]) -
             f"{checkpoint.folder} lacks weights that {type(model).__name__} needs for {source.task}, such as "
             f"'{random[0]}' ({len(random)} in all): it was saved from {checkpoint.architecture or 'another class'}"
         )
+    if signature.longest is not None:
+        exported.graph.metadata[LONGEST] = str(signature.longest)
     about = {
         "digest": digest_files(files),
         "exporter": f"torch.onnx dynamo, {exported.rung}",

@@ -14,6 +14,7 @@ from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Cache
 from llmc.compiler.loaders.checkpoint import read_json
 from llmc.compiler.loaders.key_values import PARTS, PAST, cache_inputs, cache_outputs, past_cache, present_values
+from llmc.compiler.loaders.positions import check_rope, longest_cache, longest_sequence
 from llmc.compiler.loaders.sentence_transformers import OUTPUTS, Head
 from llmc.compiler.loaders.tasks import TASKS, TEXT_GENERATION
 from llmc.passes.graph import Variable
@@ -45,6 +46,8 @@ class Signature:
     limits: dict[str, int] = field(default_factory=dict)
     """Symbolic dimension → the largest size that the model takes."""
     notes: tuple[str, ...] = ()
+    longest: int | None = None
+    """Tokens that a cache may hold, where more of them would not be what transformers makes."""
 
 
 def signature_of(model: Any, task: str, head: Head | None, folder: Path, cache: Cache = "growing") -> Signature:
@@ -67,6 +70,7 @@ def signature_of(model: Any, task: str, head: Head | None, folder: Path, cache: 
 
 def _text_signature(model: Any, task: str, head: Head | None) -> Signature:
     config = model.config.get_text_config()
+    check_rope(config)
     taken = inspect.signature(model.forward).parameters
     types = getattr(config, "type_vocab_size", 0) or 0
     names = ["input_ids", "attention_mask"]
@@ -79,7 +83,7 @@ def _text_signature(model: Any, task: str, head: Head | None) -> Signature:
         found = _outputs(model, forward(**inputs, **settings), fields)
         return found if head is None else (head(found[0], inputs["attention_mask"]),)
 
-    limit = _longest_sequence(model, config)
+    limit = longest_sequence(model, config)
     longest = limit or 11
     return Signature(
         inputs=tuple(Variable(name, dtype=np.int64, shape=["batch", "sequence"]) for name in names),
@@ -95,6 +99,7 @@ def _text_signature(model: Any, task: str, head: Head | None) -> Signature:
 def _cached_signature(model: Any) -> Signature:
     """A decoder that takes keys and values of earlier tokens, and gives those of all: for prompts and for decoding."""
     config = model.config.get_text_config()
+    check_rope(config)
     taken = inspect.signature(model.forward).parameters
     past = cache_inputs(model)
     layers = len(past) // len(PARTS)
@@ -106,7 +111,9 @@ def _cached_signature(model: Any) -> Signature:
         found = forward(**given, past_key_values=past_cache(inputs, layers), use_cache=True, return_dict=True)
         return (*_outputs(model, found, TASKS[TEXT_GENERATION].outputs), *present_values(found["past_key_values"]))
 
-    limit = _longest_sequence(model, config)
+    longest = longest_cache(config)
+    limit = longest or longest_sequence(model, config)
+    note = f"RoPE scaling 'longrope' computes the whole cache anew past {longest} tokens: exported for up to {longest}"
     return Signature(
         inputs=(
             *(Variable(name, dtype=np.int64, shape=["batch", "sequence"]) for name in names),
@@ -123,6 +130,8 @@ def _cached_signature(model: Any) -> Signature:
         ),
         bounds={"input_ids": config.vocab_size},
         limits=dict.fromkeys(("sequence", PAST, total), limit) if limit else {},
+        notes=(note,) if longest else (),
+        longest=longest,
     )
 
 
@@ -153,18 +162,6 @@ def _outputs(model: Any, found: Mapping[str, Any], fields: tuple[str, ...]) -> t
     if missing:
         raise LlmcError(f"{type(model).__name__} gives no '{missing[0]}', only: {', '.join(found)}")
     return tuple(found[name] for name in fields)
-
-
-def _longest_sequence(model: Any, config: Any) -> int | None:
-    """The most positions that the model has; RoBERTa's kind keeps the first ones of its table for padding."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
-        return None
-    for name, module in model.named_modules():
-        table = name.endswith("position_embeddings") and getattr(module, "num_embeddings", None) == limit
-        if table and module.padding_idx is not None:
-            return int(limit - module.padding_idx - 1)
-    return limit
 
 
 def _image_size(config: Any, folder: Path) -> tuple[int, int] | None:

@@ -343,5 +343,6 @@ def explain(error: BaseException) -> str:
             if match := re.search(pattern, f"{type(link).__name__}: {link}"):
                 return match.expand(reason)
     root = chain[-1]
-    line = next((line.strip() for line in str(root).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else ""
     return line if isinstance(root, LlmcError) else f"{type(root).__name__}: {line}"

