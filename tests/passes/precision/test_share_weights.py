@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmc.compiler import compile as run_compile
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.session import Session
+from llmc.compiler.targets.tensorrt_import import availability
 from llmc.kernels.codebook_matmul.reference import weight
 from llmc.passes.base import Context, Ledger, LlmcError, PassResult
 from llmc.passes.graph import Array, Constant, Graph, Node, copy_graph, load_values, to_model
@@ -288,3 +292,27 @@ def test_making_up_for_errors_makes_the_output_s_smaller(layout: Layout) -> None
             error = float(((moved @ hessian) * moved).sum())
             made_up, plain = made_up + error * together, plain + error * (not together)
     assert made_up < plain
+
+
+RECIPE = """
+passes: [{share-weights: {bits: 4}}, convert-fp16]
+target: {kind: tensorrt-rtx, compute_capabilities: [80]}
+verify: {budgets: {cosine: 0.98}}  # 16 values for normal weights: 1% of their power
+"""
+
+
+@pytest.mark.skipif(bool(availability("tensorrt-rtx").missing), reason="TensorRT-RTX is not installed")
+def test_a_model_is_verified_and_built_through_the_body(tmp_path: Path) -> None:
+    text = """<ir_version: 10, opset_import: ["": 21]>
+    g (float[4,256] x, float[256,512] w) => (float[4,512] y) { y = MatMul(x, w) }"""
+    model = onnx.parser.parse_model(text)
+    values = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(values, "w"))
+    del model.graph.input[1]
+    onnx.save(model, tmp_path / "model.onnx")
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    report = run_compile(str(tmp_path / "model.onnx"), tmp_path / "recipe.yaml", tmp_path / "out")
+    assert report.status == "done"
+    assert [layer.found for layer in report.precision] == ["int4 weights"]
+    weights = int(str(report.target.facts["weights_bytes"]))  # type: ignore[union-attr]
+    assert weights < values.size, "indices, not the weights that they stand for, are in the engine: half a byte each"
