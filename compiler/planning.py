@@ -173,9 +173,10 @@ def _check_targets(recipe: Recipe, target: Target) -> None:
     """Raises LlmcError for a pass whose result the target does not take."""
     for step in recipe.passes:
         if step.targets and target.kind not in step.targets:
+            reason = f" ({step.targets_reason})" if step.targets_reason else ""
             raise LlmcError(
                 f"{step.key()} is for target {' or '.join(step.targets)}, and the recipe builds for {target.kind}: "
-                "leave the pass out, or set target.kind"
+                f"leave the pass out, or set target.kind{reason}"
             )
 
 

@@ -10,7 +10,7 @@ from llmc.compiler.report.statistics import layer_precision
 from llmc.passes.base import PassResult
 from llmc.passes.graph import Graph
 
-WIDTHS = ("int2", "int3", "int4", "int8", "float8_e4m3fn", "bfloat16", "float16", "float32")
+WIDTHS = ("int2", "int3", "float4_e2m1fn", "int4", "int8", "float8_e4m3fn", "bfloat16", "float16", "float32")
 """dtypes from the narrowest: of two passes that ask something of one layer, the narrower one counts."""
 LINES_SHOWN = 8
 

@@ -10,6 +10,7 @@ import onnx
 
 from llmc.compiler.blocks import blocks_of
 from llmc.compiler.half import has_halves, round_halves
+from llmc.compiler.narrow import has_narrow, spell_out
 from llmc.compiler.runner import Runner
 from llmc.passes.cache.static_cache import StaticCache
 from llmc.passes.graph import Array, Graph, numpy_dtype, onnx_dtype, to_structure
@@ -18,9 +19,10 @@ from llmc.passes.graph import Array, Graph, numpy_dtype, onnx_dtype, to_structur
 class Session:
     """One graph, ready to run on the CPU. Weights are read where they are, not copied.
 
-    float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`). A graph with a static cache
-    takes inputs, and gives outputs, of its growing form as well (see `passes/cache/static_cache.py`). A graph of more
-    weights than should be in memory at once runs block by block (see `compiler/blocks.py`).
+    float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`); types that ONNX Runtime has no
+    kernels for are spelled out (see `compiler/narrow.py`). A graph with a static cache takes inputs, and gives outputs,
+    of its growing form as well (see `passes/cache/static_cache.py`). A graph of more weights than should be in memory
+    at once runs block by block (see `compiler/blocks.py`).
 
     `extra_outputs` are tensors of the graph to give back beside its outputs. Raises LlmcError where ONNX
     Runtime cannot run the graph, with its reason.
@@ -29,6 +31,7 @@ class Session:
     def __init__(self, graph: Graph, extra_outputs: Sequence[str] = ()) -> None:
         self._cache = StaticCache.of(graph)
         self._types = {tensor.name: numpy_dtype(onnx_dtype(tensor)) for tensor in graph.inputs}
+        graph = spell_out(graph) if has_narrow(graph) else graph
         structure = to_structure(round_halves(graph) if has_halves(graph) else graph)
         present = {info.name for info in structure.model.graph.output}
         structure.model.graph.output.extend(

@@ -200,6 +200,8 @@ class Pass(BaseModel, ABC):
     """Whether the result follows from the graph, the parameters, the data and the code of llmc alone."""
     targets: ClassVar[tuple[str, ...]] = ()
     """Kinds of target that take what it makes, where not all do; checked before anything runs."""
+    targets_reason: ClassVar[str] = ""
+    """Why the others do not."""
     safety: ClassVar[Safety]
 
     @abstractmethod

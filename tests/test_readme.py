@@ -100,7 +100,7 @@ def test_the_python_of_the_readme(place: Path) -> None:
     run(f"{sys.executable} readme.py", place)
 
 
-SLOW_RECIPES = [pytest.param(name, marks=pytest.mark.slow) for name in ("optimize", "bf16", "int4", "onnx-int8")]
+SLOW_RECIPES = [pytest.param(name, marks=pytest.mark.slow) for name in ("optimize", "bf16", "int4", "nvfp4", "onnx-int8")]
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "fp8", *SLOW_RECIPES])
@@ -124,6 +124,6 @@ def test_the_shipped_recipes_for_onnx_runtime_build(place: Path) -> None:
 
 
 def test_no_shipped_recipe_is_left_out() -> None:
-    engines = {"optimize", "fp16", "bf16", "int8", "fp8", "int4", "onnx-int8", "minilm-fp16", "minilm-int8"}
+    engines = {"optimize", "fp16", "bf16", "int8", "fp8", "int4", "nvfp4", "onnx-int8", "minilm-fp16", "minilm-int8"}
     others = {"onnxruntime-int8", "onnxruntime-int8-static", "onnxruntime-int4"}
     assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == engines | others

@@ -83,7 +83,7 @@ LEFT_INPUTS = {"Resize": {1, 2}, "Upsample": {1}}
 """Inputs that stay float32 beside converted data: scales and regions."""
 ANY_TYPE = {"Cast": {0}, "CastLike": {0}, "Shape": {0}, "Size": {0}}
 """Inputs that may have another float type without changing anything else."""
-FREE = {"Cast", "ConstantOfShape"}
+FREE = {"Cast", "ConstantOfShape", "DequantizeLinear"}
 """Operators whose result may be made of 16 bits without any input that is; others of that kind name their type."""
 SQUARES = {"InstanceNormalization", "LpNormalization", "MeanVarianceNormalization", "ReduceL2"}
 """Operators that square their first input on the way to a smaller result."""

@@ -316,7 +316,7 @@ def _spread(site: WeightSite, scales: Array) -> Array:
 
 def packed(values: Array) -> Array | Weights:
     """4-bit values two a byte, as ONNX stores them; others as they are."""
-    if values.dtype.name not in ("int4", "uint4"):
+    if values.dtype.name not in ("int4", "uint4", "float4_e2m1fn"):
         return values
     proto = onnx.numpy_helper.from_array(values)
     return Weights(proto.data_type, values.shape, proto)

@@ -1,0 +1,106 @@
+"""Number formats of few bits that share a scale by the block: NVFP4 and MXFP8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from llmc.passes.graph import Array, numpy_dtype
+
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+LARGEST_E4M3 = 448.0
+SMALLEST_E4M3 = 2.0**-9
+"""The least E4M3 number above 0."""
+SMALLEST_TENSOR_SCALE = 2.0**-15
+"""With it the least block scale, 2^-24, is still a float16 number."""
+SPANS = np.linspace(4.0, 8.0, 9)
+"""Numbers of E2M1's, of which the largest is 6, that a search lets the largest value of a block stand at."""
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Elements of one type, and a scale for each `block` of them along the axis that a product sums over."""
+
+    name: str
+    """In the names of tensors."""
+    dtype: int
+    """Of the elements, as ONNX numbers it."""
+    scale_dtype: int
+    """Of the scales."""
+    largest: float
+    block: int
+    since: int
+    """The opset from which QuantizeLinear and DequantizeLinear have it."""
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        return numpy_dtype(self.dtype)
+
+    @property
+    def numpy_scale(self) -> np.dtype[Any]:
+        return numpy_dtype(self.scale_dtype)
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether the scales of blocks are themselves in steps of a scale of the whole tensor."""
+        return self.numpy_scale == E4M3
+
+    def elements(self, blocks: Array, scale: Array) -> Array:
+        """The elements nearest to `blocks` [rows, n, block] / `scale` [rows, n]; ties to even, at most the largest."""
+        exact = blocks.astype(np.float32, copy=False) / scale.astype(np.float32)[..., None]
+        return np.clip(exact, -self.largest, self.largest).astype(self.numpy)
+
+    def round(self, matrix: Array) -> BlockRounded:
+        """`matrix` [rows, depth] in this format; depth is a multiple of the block."""
+        blocks = matrix.astype(np.float32, copy=False).reshape(len(matrix), -1, self.block)
+        amax = np.abs(blocks).max(axis=-1)
+        if not self.two_levels:
+            stored = power_of_two(amax / self.largest).astype(self.numpy_scale)
+            return BlockRounded(self, self.elements(blocks, stored), stored, 1.0)
+        whole = tensor_scale(float(amax.max(initial=0)), SPANS[0])
+        best, least = np.zeros(amax.shape, E4M3), np.full(amax.shape, np.inf, np.float32)
+        for span in SPANS:
+            stored = np.clip(amax / np.float32(span * whole), SMALLEST_E4M3, LARGEST_E4M3).astype(E4M3)
+            scale = stored.astype(np.float32) * np.float32(whole)
+            moved = self.elements(blocks, scale).astype(np.float32) * scale[..., None] - blocks
+            error = np.square(moved).sum(axis=-1)
+            best, least = np.where(error < least, stored, best), np.minimum(error, least)
+        return BlockRounded(self, self.elements(blocks, best.astype(np.float32) * np.float32(whole)), best, whole)
+
+
+@dataclass(frozen=True)
+class BlockRounded:
+    """A matrix in a block format: elements [rows, blocks, block], scales [rows, blocks], and the tensor's scale."""
+
+    format: BlockFormat
+    elements: Array
+    stored: Array
+    whole: float
+
+    def matrix(self) -> Array:
+        """What it stands for: float32 [rows, depth], exact."""
+        scale = self.stored.astype(np.float32) * np.float32(self.whole)
+        return (self.elements.astype(np.float32) * scale[..., None]).reshape(len(self.elements), -1)
+
+
+NVFP4 = BlockFormat("nvfp4", onnx.TensorProto.FLOAT4E2M1, onnx.TensorProto.FLOAT8E4M3FN, 6.0, block=16, since=23)
+MXFP8 = BlockFormat("mxfp8", onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E8M0, 448.0, block=32, since=24)
+
+
+def tensor_scale(amax: float, span: float = 6.0) -> float:
+    """NVFP4's scale of a whole tensor: the power of two in steps of which E4M3 reaches amax / span.
+
+    E4M3 is as exact near 0 as far from it, so nothing is lost by a power of two, and something is gained: block
+    scales, of four significant bits, and elements times them, of six, are exact in float16 and bfloat16.
+    """
+    return max(float(power_of_two(np.asarray(amax / (span * LARGEST_E4M3)))), SMALLEST_TENSOR_SCALE)
+
+
+def power_of_two(values: Array) -> Array:
+    """The least powers of two, of those that E8M0 has, that are no less than `values`; 1 where the value is 0."""
+    exponents = np.ceil(np.log2(np.where(values > 0, values, 1).astype(np.float64)))
+    return np.exp2(np.clip(exponents, -127, 127))
