@@ -100,7 +100,9 @@ def test_the_python_of_the_readme(place: Path) -> None:
     run(f"{sys.executable} readme.py", place)
 
 
-SLOW_RECIPES = [pytest.param(name, marks=pytest.mark.slow) for name in ("optimize", "bf16", "int4", "nvfp4", "onnx-int8")]
+SLOW_RECIPES = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("optimize", "bf16", "int4", "nvfp4", "onnx-int8")
+]
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "fp8", *SLOW_RECIPES])
