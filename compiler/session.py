@@ -19,8 +19,8 @@ from llmc.passes.graph import Array, Graph, numpy_dtype, onnx_dtype, to_structur
 class Session:
     """One graph, ready to run on the CPU. Weights are read where they are, not copied.
 
-    float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`); types that ONNX Runtime has no
-    kernels for are spelled out (see `compiler/narrow.py`). A graph with a static cache takes inputs, and gives outputs,
+    float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`); types that ONNX Runtime lacks
+    are spelled out (see `compiler/narrow.py`). A graph with a static cache takes inputs, and gives outputs,
     of its growing form as well (see `passes/cache/static_cache.py`). A graph of more weights than should be in memory
     at once runs block by block (see `compiler/blocks.py`).
 
