@@ -120,7 +120,7 @@ class _Spelling:
     def _rounded(self, values: Tensor) -> Tensor:
         """float32 → the nearest of E2M1's numbers, as float32; ties to even."""
         magnitude = self._op("Abs", [values], FLOAT32)
-        step = self._number(STEPS[-1][1])
+        step: Tensor = self._number(STEPS[-1][1])
         for limit, distance in reversed(STEPS[:-1]):
             below = self._op("Less", [magnitude, self._number(limit)], np.bool_)
             step = self._op("Where", [below, self._number(distance), step], FLOAT32)

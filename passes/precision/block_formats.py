@@ -52,7 +52,8 @@ class BlockFormat:
     def elements(self, blocks: Array, scale: Array) -> Array:
         """The elements nearest to `blocks` [rows, n, block] / `scale` [rows, n]; ties to even, at most the largest."""
         exact = blocks.astype(np.float32, copy=False) / scale.astype(np.float32)[..., None]
-        return np.clip(exact, -self.largest, self.largest).astype(self.numpy)
+        nearest: Array = np.clip(exact, -self.largest, self.largest).astype(self.numpy)
+        return nearest
 
     def round(self, matrix: Array) -> BlockRounded:
         """`matrix` [rows, depth] in this format; depth is a multiple of the block."""
@@ -103,4 +104,5 @@ def tensor_scale(amax: float, span: float = 6.0) -> float:
 def power_of_two(values: Array) -> Array:
     """The least powers of two, of those that E8M0 has, that are no less than `values`; 1 where the value is 0."""
     exponents = np.ceil(np.log2(np.where(values > 0, values, 1).astype(np.float64)))
-    return np.exp2(np.clip(exponents, -127, 127))
+    found: Array = np.exp2(np.clip(exponents, -127, 127))
+    return found

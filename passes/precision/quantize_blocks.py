@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -186,7 +186,13 @@ class Inserter:
         return self.add("DequantizeLinear", site.node, [stored, self.scalar(f"{name}_tensor_scale", whole, site)], made)
 
     def dequantize(
-        self, stored: Tensor, scale: Tensor, site: WeightSite, name: str, shape: object, axis: int
+        self,
+        stored: Tensor,
+        scale: Tensor,
+        site: WeightSite,
+        name: str,
+        shape: Sequence[int | str | None] | None,
+        axis: int,
     ) -> Variable:
         """Blocks along `axis` → numbers of the type that the site computes in."""
         made = Variable(self.fresh(name), np.dtype(site.weight.dtype), shape)
