@@ -24,6 +24,7 @@ from llmc.passes.graph import (
     load_values,
     onnx_dtype,
     scopes,
+    unlink,
 )
 
 E2M1, E8M0 = onnx.TensorProto.FLOAT4E2M1, onnx.TensorProto.FLOAT8E8M0
@@ -71,6 +72,7 @@ class _Spelling:
 
     def __init__(self, node: Node, nodes: list[Node]) -> None:
         self.node, self.nodes = node, nodes
+        self.made = 0
 
     def run(self) -> None:
         node = self.node
@@ -110,12 +112,9 @@ class _Spelling:
         )
         spread = self._op("DequantizeLinear", [ones, scale], FLOAT32, **given)
         rounded = self._rounded(self._op("Div", [x, spread], FLOAT32))
-        cast = Node("Cast", node.name, {"to": onnx.TensorProto.FLOAT8E4M3FN}, [rounded], [])
         output = node.outputs[0]
-        node.outputs.clear()
-        cast.outputs.append(output)
-        node.inputs.clear()
-        self.nodes.append(cast)
+        unlink(node)
+        self.nodes.append(Node("Cast", node.name, {"to": onnx.TensorProto.FLOAT8E4M3FN}, [rounded], [output]))
 
     def _rounded(self, values: Tensor) -> Tensor:
         """float32 → the nearest of E2M1's numbers, as float32; ties to even."""
@@ -142,5 +141,5 @@ class _Spelling:
         return made
 
     def _name(self) -> str:
-        self.made = getattr(self, "made", 0) + 1
+        self.made += 1
         return f"{self.node.name or self.node.outputs[0].name}/narrow/{self.made}"

@@ -47,7 +47,7 @@ class BlockFormat:
     @property
     def two_levels(self) -> bool:
         """Whether the scales of blocks are themselves in steps of a scale of the whole tensor."""
-        return self.numpy_scale == E4M3
+        return self.scale_dtype == onnx.TensorProto.FLOAT8E4M3FN
 
     def elements(self, blocks: Array, scale: Array) -> Array:
         """The elements nearest to `blocks` [rows, n, block] / `scale` [rows, n]; ties to even, at most the largest."""
