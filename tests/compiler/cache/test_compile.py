@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -190,18 +191,80 @@ def test_the_cache_is_cut_to_its_limit(model: Path, tmp_path: Path, monkeypatch:
     assert cached(compiled(model, tmp_path / "out"))
 
 
-@pytest.mark.slow
-def test_a_hugging_face_model_is_exported_once(tmp_path: Path) -> None:
+@pytest.fixture
+def tiny_bert(tmp_path: Path) -> Path:
+    """A Hugging Face folder."""
     from transformers import BertConfig, BertModel
 
-    folder = tmp_path / "bert"
     config = BertConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=64,
     )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    settings = {"model.dimensions": {"batch": 2, "sequence": 8}, "target.kind": "onnx", "verify.samples": 2}
-    recipe = Recipe.load("optimize").with_values(settings)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+BERT = {"model.dimensions": {"batch": 2, "sequence": 8}, "verify.samples": 2}
+DATA = """
+import numpy as np
+
+
+def samples():
+    for seed in range(2):
+        ids = np.random.default_rng(seed).integers(0, 64, (2, 8))
+        yield {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+"""
+
+
+@pytest.mark.slow
+def test_one_byte_of_an_export_an_engine_or_of_what_is_known_of_samples_that_changes_is_noticed(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (entry,) = [entry for entry in availability() if entry.kind == "tensorrt-rtx"]
+    if entry.missing:
+        pytest.skip("tensorrt-rtx cannot build here")
+    (tmp_path / "data.py").write_text(DATA, encoding="utf-8")
+    data = f"{tmp_path / 'data.py'}:samples"
+    values = {
+        **BERT,
+        "target.kind": "tensorrt-rtx",
+        "target.compute_capabilities": [86],
+        "verify.inputs": place_of_data,
+    }
+    recipe = Recipe.load("optimize").with_values(values)
+
+    def artifact() -> dict[str, Any]:
+        run_compile(str(tiny_bert), recipe, tmp_path / "out", force=True)
+        return content(tmp_path / "out")
+
+    expected = artifact()
+    records = [path for path in entries() if {"load", "build", "samples"} & set(path.parts)]
+    blobs = {
+        place() / "v1/blobs" / blob[:2] / blob
+        for path in records
+        for blob in json.loads(path.read_bytes().partition(b"\n")[2])["blobs"]
+    }
+    assert {path.parts[-3] for path in records} == {"load", "build", "samples"}
+    noticed = set()
+    for path in (*records, *sorted(blobs)):
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "llmc.cache"):
+            assert artifact() == expected
+        if path.read_bytes() == whole:
+            assert any(str(path) in message for message in caplog.messages)
+            noticed.add(path)
+        path.write_bytes(whole)
+    assert noticed >= set(records)
+    assert noticed & blobs
+
+
+@pytest.mark.slow
+def test_a_hugging_face_model_is_exported_once(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = tiny_bert
+    recipe = Recipe.load("optimize").with_values({**BERT, "target.kind": "onnx"})
     run_compile(str(folder), recipe, tmp_path / "first")
     run_compile(str(folder), recipe, tmp_path / "second")
     assert cached(tmp_path / "first") == []
