@@ -229,7 +229,7 @@ def test_one_byte_of_an_export_an_engine_or_of_what_is_known_of_samples_that_cha
         **BERT,
         "target.kind": "tensorrt-rtx",
         "target.compute_capabilities": [86],
-        "verify.inputs": place_of_data,
+        "verify.inputs": data,
     }
     recipe = Recipe.load("optimize").with_values(values)
 
