@@ -19,7 +19,7 @@ from llmc.compiler.cache.statistics import recall
 from llmc.compiler.calibration_file import Statistics
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.session import Session
-from llmc.passes.base import Clipped, Measured
+from llmc.passes.base import Clipped, Measured, Spread
 from llmc.passes.graph import Array, Graph, shape_of
 from llmc.passes.precision.levels import LEVELS
 
@@ -33,6 +33,8 @@ BLOCK = 1 << 18
 """Values binned at a time: the temporaries stay in cache, and small beside any sample."""
 CANDIDATES = 256
 """Clipping points that the searches try, evenly spaced up to the largest value."""
+BARS = 48
+"""Bins of the histograms that are handed on, at most."""
 EMPTY = 1e-4
 """Values that a level with none counts as, where the clipped tail falls into it: else its divergence is infinite."""
 
@@ -83,6 +85,21 @@ class Histogram:
     def used(self) -> int:
         """How many bins reach from 0 to the largest value."""
         return int(self.amax / self.width) + 1
+
+    def above(self, clip: float) -> float:
+        """How many values are larger than `clip`; those in its own bin count as spread evenly over that."""
+        if clip >= self.amax:
+            return 0.0
+        bin_ = int(clip / self.width)
+        low, high = bin_ * self.width, min((bin_ + 1) * self.width, self.amax)
+        return float(self.counts[bin_ + 1 :].sum() + self.counts[bin_] * (high - clip) / (high - low))
+
+    def spread(self, clip: float) -> Spread:
+        """All of it in at most `BARS` bins, and the share that is larger than `clip`."""
+        values, merged = self.zeros + int(self.counts.sum()), math.ceil(self.used / BARS)
+        counts = np.add.reduceat(self.counts[: self.used], range(0, self.used, merged))
+        saturated = self.above(clip) / values if values else 0.0
+        return Spread(values, self.zeros, saturated, merged * self.width, tuple(map(int, counts)))
 
     def measured(self) -> Measured:
         """All of it, as arrays."""
@@ -185,6 +202,8 @@ class SampledActivations:
         """What clipping points are taken from, where an earlier compile has measured them: no sample is run."""
         self.calibrated: dict[str, Clipped] = {}
         """Tensor → the last answer of `amax`."""
+        self.spreads: dict[str, Spread] = {}
+        """Tensor → its values about that answer, where it is no earlier compile's."""
         self.digest = digest
         """Of all that the samples are made of; None where that is not known, and nothing of it can be remembered."""
         self.samples = samples
@@ -221,8 +240,10 @@ class SampledActivations:
         if fewest < samples:
             self._warn(f"calibration asked for {samples} samples, {self.source} has {fewest}: used them all")
         histograms = {tensor: Histogram.of(measured) for tensor, measured in found.items()}
+        clips = {tensor: clip(h) if h.amax else 0.0 for tensor, h in histograms.items()}
+        self.spreads |= {tensor: h.spread(clips[tensor]) for tensor, h in histograms.items()}
         return {
-            tensor: Clipped(method, percentile, numbers[tensor], h.amax, clip(h) if h.amax else 0.0)
+            tensor: Clipped(method, percentile, numbers[tensor], h.amax, clips[tensor])
             for tensor, h in histograms.items()
         }
 

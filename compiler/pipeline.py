@@ -115,7 +115,7 @@ def run_pass(
         _run(step, step_pass, Context(ledger, activations), memory)
         if activations:
             step.result.warnings += activations.warnings
-            step.result.calibrated = activations.calibrated
+            step.result.calibrated, step.result.spreads = activations.calibrated, activations.spreads
         remembered.keep(Outcome(step.result, step.skipped, step.end))
     step.seconds = time.perf_counter() - started
     return step

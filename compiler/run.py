@@ -19,6 +19,7 @@ from llmc.compiler.planning import Plan, quiet
 from llmc.compiler.precision import Asked, fallbacks
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import (
+    ActivationLine,
     NearMissLine,
     PassReport,
     Report,
@@ -33,7 +34,7 @@ from llmc.compiler.report import (
 from llmc.compiler.report.statistics import graph_report
 from llmc.compiler.targets import Progress
 from llmc.compiler.verification.judge import REGIONS_SHOWN, Judge, Verdict
-from llmc.passes.base import Pass
+from llmc.passes.base import Pass, PassResult
 from llmc.passes.graph import Graph
 
 
@@ -157,5 +158,20 @@ def pass_report(step: pipeline.Step, recipe: Recipe, verdict: Verdict) -> PassRe
         numerics=verdict.numerics,
         regions_compared=len(verdict.regions),
         regions=[region for region in verdict.regions if region.relative_l2][:REGIONS_SHOWN],
+        activations=[*_activations(result)],
+        weight_scales=dict(sorted(result.scales.weights.items())),
         warnings=[*result.warnings, *verdict.warnings],
     )
+
+
+def _activations(result: PassResult) -> Iterator[ActivationLine]:
+    """Those that were quantized as calibration says."""
+    for tensor, scale in result.scales.activations.items():
+        found, spread = result.calibrated.get(tensor), result.spreads.get(tensor)
+        if found is None:
+            continue
+        line = ActivationLine(tensor=tensor, scale=scale, clip=found.clip, amax=found.amax)
+        if spread is not None:
+            line.saturated, line.values, line.zeros = spread.saturated, spread.values, spread.zeros
+            line.bin_width, line.counts = spread.width, list(spread.counts)
+        yield line

@@ -76,6 +76,31 @@ class Clipped:
     """The magnitude to clip at; 0 where the tensor is 0 throughout."""
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How the magnitudes of one tensor's values lie on calibration data, and how many of them are clipped."""
+
+    values: int
+    """All of them, zeros too."""
+    zeros: int
+    saturated: float
+    """Share of the values that are larger than the clipping point, to within one bin of the calibration's histogram."""
+    width: float
+    """Of a bin; the first one begins at 0, the last one holds the largest magnitude."""
+    counts: tuple[int, ...]
+    """Magnitudes above 0, bin by bin."""
+
+
+@dataclass
+class Scales:
+    """The scales of what a pass has quantized."""
+
+    activations: dict[str, float] = field(default_factory=dict)
+    """Tensor → its scale."""
+    weights: dict[int, int] = field(default_factory=dict)
+    """Exponent e → how many scales of weights are in [2**e, 2**(e + 1))."""
+
+
 @dataclass
 class PassResult:
     """What a pass did: rewrites, near misses, and for changes of precision what each node was asked to be."""
@@ -90,8 +115,11 @@ class PassResult:
     warnings: list[str] = field(default_factory=list)
     frontier: list[TradeOff] = field(default_factory=list)
     """What a search over precisions has measured, the cheapest first."""
+    scales: Scales = field(default_factory=Scales)
     calibrated: dict[str, Clipped] = field(default_factory=dict)
     """Tensor → what calibration data said of it; filled in by whoever runs the pass."""
+    spreads: dict[str, Spread] = field(default_factory=dict)
+    """Tensor → how its values lie on that data, where data was run; filled in likewise."""
 
 
 class Ledger:

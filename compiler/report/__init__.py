@@ -95,6 +95,22 @@ class TradeOffLine(Part):
     chosen: bool
 
 
+class ActivationLine(Part):
+    """An activation that a pass has quantized, on the calibration data."""
+
+    tensor: str
+    scale: float
+    clip: float = Field(description="Magnitude that is clipped at.")
+    amax: float = Field(description="Largest magnitude.")
+    saturated: Measured = Field(
+        default=None, description="Share of its values larger than `clip`; null where no data was run for the scale."
+    )
+    values: int = Field(default=0, description="All that were seen, zeros too.")
+    zeros: int = 0
+    bin_width: float = Field(default=0.0, description="Of `counts`, the first of which begins at 0.")
+    counts: list[int] = Field(default_factory=list, description="Magnitudes above 0, bin by bin.")
+
+
 class PassReport(Part):
     """One step of the recipe. Step 0 is the load: its numerics compare the loaded graph with the source model."""
 
@@ -122,6 +138,12 @@ class PassReport(Part):
     )
     frontier: list[TradeOffLine] = Field(
         default_factory=list, description="What a search over precisions has measured, the cheapest first."
+    )
+    activations: list[ActivationLine] = Field(
+        default_factory=list, description="Those that were quantized with scales from calibration data."
+    )
+    weight_scales: dict[int, int] = Field(
+        default_factory=dict, description="Exponent e → how many scales of weights are in [2^e, 2^(e + 1))."
     )
     warnings: list[str] = Field(default_factory=list)
 

@@ -15,6 +15,8 @@ TEXT_BASELINE = 15
 BAR_TOP = 21
 BAR_HEIGHT = 8
 MARK_RADIUS = 5
+HISTOGRAM = 28
+"""Pixels of a histogram's height."""
 FLOOR = 1e-8
 """Errors at or below this stand at the left edge of the error chart: it is the rounding of float32 sums."""
 
@@ -163,6 +165,34 @@ def share_bar(shares: Sequence[int], title: str) -> Markup:
         _bar(start, end, ends[-1], 0, f"share {series(index)}") for index, (start, end) in enumerate(pairwise(ends))
     ]
     return _svg(title, BAR_HEIGHT, *pieces)
+
+
+def histogram(counts: Sequence[int], title: str, clip: float | None = None) -> Markup:
+    """One bar a count, as high as its logarithm; a line at `clip` (in bars), beyond which they have another colour."""
+    most = math.log2(1 + max(counts))
+    tops = [HISTOGRAM - HISTOGRAM * math.log2(1 + count) / most if count else HISTOGRAM for count in counts]
+    inside = len(counts) if clip is None else min(len(counts), math.ceil(clip))
+    bars = element(
+        "svg",
+        _outline(tops[:inside], 0, "stayed"),
+        _outline(tops[inside:], inside, "added"),
+        viewBox=f"0 0 {len(counts)} {HISTOGRAM}",
+        preserveAspectRatio="none",
+        width="100%",
+        height=HISTOGRAM,
+    )
+    drawn = clip is not None and clip < len(counts)
+    place = f"{100 * (clip or 0) / len(counts):.2f}%"
+    line = element("line", x1=place, x2=place, y1=0, y2=HISTOGRAM, class_="clip") if drawn else None
+    return _svg(title, HISTOGRAM, bars, line)
+
+
+def _outline(tops: Sequence[float], start: int, class_: str) -> Markup | None:
+    """Bars of width 1 side by side, as one path."""
+    if not tops:
+        return None
+    steps = "".join(f"V{top:.3g}h1" for top in tops)
+    return element("path", d=f"M{start} {HISTOGRAM}{steps}V{HISTOGRAM}z", class_=class_)
 
 
 def series(index: int) -> str:

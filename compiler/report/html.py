@@ -16,6 +16,7 @@ from llmc.compiler.report import (
     summary,
     text,
 )
+from llmc.compiler.report.activations import quantized
 from llmc.compiler.report.markup import Child, Markup, code, element, fold, legend, pairs, place, section, table
 
 OPERATORS_SHOWN = 12
@@ -53,6 +54,7 @@ def _sections(report: Report) -> Iterable[Markup | None]:
     yield element("div", _node_chart(report), _error_chart(report), class_="columns")
     yield _passes(report)
     yield from map(_frontier, report.passes)
+    yield from map(quantized, report.passes)
     yield _near_misses(report)
     yield _operator_chart(report)
     yield _precision(report)

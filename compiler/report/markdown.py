@@ -10,6 +10,7 @@ from llmc.compiler.report import GraphReport, LayerPrecision, PassReport, Report
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~&#@$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _TAME = re.compile(r"[^`|\\\s]+( [^`|\\\s]+)*")
 """What can stand between backticks in a table's cell as it is."""
+ACTIVATIONS_SHOWN = 8
 _STATUS = {"done": "✓", "skipped": "–", "rolled back": "↩", "over budget": "✗", "crashed": "✗"}
 
 
@@ -35,6 +36,7 @@ def _blocks(report: Report) -> Iterator[str]:
     yield _warnings(report)
     yield _passes(report)
     yield from map(_frontier, report.passes)
+    yield from map(_quantized, report.passes)
     yield _near_misses(report)
     yield _precision(report.precision)
     yield _graph(report.graph)
@@ -97,6 +99,38 @@ def _frontier(step: PassReport) -> str:
     if not step.frontier:
         return ""
     return f"## Assignments that {step.key} measured\n\n{_table(text.TRADE_OFFS, map(text.trade_off, step.frontier))}"
+
+
+def _quantized(step: PassReport) -> str:
+    if not step.activations:
+        return ""
+    lines = summary.most_saturated(step)
+    rows = [
+        (code(line.tensor), *map(escape, text.activation(line)[1:]), text.bars(line.counts))
+        for line in lines[:ACTIVATIONS_SHOWN]
+    ]
+    rest = len(lines) - len(rows)
+    scales = summary.scales(step)
+    octaves = range(*_reach(octave for found in scales.values() for octave in found))
+    counts = [(f"2^{e}", *(found.get(e, 0) for found in scales.values())) for e in octaves]
+    return "\n\n".join(
+        [
+            f"## What {step.key} quantized",
+            "Values on the calibration data; what is larger than the clipping point saturates.",
+            _table((*text.ACTIVATIONS, "Magnitudes, 0 to largest"), rows),
+            *(
+                [f"{text.plural(rest, 'more activation')} in report.json, none of which saturates more."]
+                if rest
+                else []
+            ),
+            _fold("Scales", _table(("From", *(f"#Scales of {kind}" for kind in scales)), counts)),
+        ]
+    )
+
+
+def _reach(exponents: Iterable[int]) -> tuple[int, int]:
+    found = sorted(exponents)
+    return found[0], found[-1] + 1
 
 
 def _near_misses(report: Report) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from llmc.compiler.report import LayerPrecision, NearMissLine, OutputNumerics, PassReport, Report
+from llmc.compiler.report import ActivationLine, LayerPrecision, NearMissLine, OutputNumerics, PassReport, Report
 from llmc.compiler.report.text import time_of
 
 
@@ -105,6 +105,17 @@ def precision_groups(layers: Iterable[LayerPrecision]) -> list[PrecisionGroup]:
         counts.setdefault((layer.asked, layer.found, layer.engine), Counter())[layer.op] += 1
     groups = [PrecisionGroup(*key, dict(operators.most_common())) for key, operators in counts.items()]
     return sorted(groups, key=lambda group: (group.as_asked, -group.count))
+
+
+def most_saturated(step: PassReport) -> list[ActivationLine]:
+    """What the pass quantized, those first that lose the largest share of their values to clipping."""
+    return sorted(step.activations, key=lambda line: -(line.saturated or 0.0))
+
+
+def scales(step: PassReport) -> dict[str, dict[int, int]]:
+    """'weights' and 'activations' → exponent e → how many of their scales are in [2^e, 2^(e + 1))."""
+    of_activations = Counter(math.frexp(line.scale)[1] - 1 for line in step.activations)
+    return {"weights": step.weight_scales, "activations": dict(sorted(of_activations.items()))}
 
 
 def operator_changes(before: dict[str, int], after: dict[str, int]) -> list[tuple[str, int, int]]:

@@ -29,6 +29,7 @@ ALL_COLUMNS_FROM = 90
 """Columns of a terminal that has room for the whole table of passes."""
 NEAR_MISSES_SHOWN = 6
 OPERATORS_SHOWN = 8
+SATURATED_SHOWN = 3
 WARNINGS_SHOWN = 12
 LABELS = 22
 """Columns of the labels, so that all sections line up."""
@@ -57,6 +58,7 @@ def render(report: Report, console: Console, folder: Path | None = None) -> None
         _passes(report, console.width),
         _reasons(report),
         *(_facts(f"Assignments that {step.key} measured", _frontier(step)) for step in report.passes),
+        *(_facts(f"Clipped most by {step.key}", _saturated(step)) for step in report.passes),
         _facts("Near misses", _near_misses(report)),
         _facts("Graph", _graph(report.graph)),
         _facts("Precision", _precision(report.precision)),
@@ -183,6 +185,19 @@ def _frontier(step: PassReport) -> list[tuple[str, Text]]:
         mark, layers, weights, time, cosine, _ = text.trade_off(line)
         content = f"{weights} of weights, time {time}, cosine {cosine}{f'  ← {mark}' if mark else ''}"
         rows.append((f"{layers} layers", _plain(content, "bold" if mark else "")))
+    return rows
+
+
+def _saturated(step: PassReport) -> list[tuple[str, Text]]:
+    """The activations that lose most values to clipping."""
+    lines = [line for line in summary.most_saturated(step) if line.saturated]
+    rows = []
+    for line in lines[:SATURATED_SHOWN]:
+        tensor, share, clip, largest, _ = text.activation(line)
+        rows.append((share, Text.assemble(_plain(tensor), (f"  beyond {clip}, up to {largest}", "dim"))))
+    if len(lines) > SATURATED_SHOWN:
+        rest = text.plural(len(lines) - SATURATED_SHOWN, "more tensor")
+        rows.append(("", Text(f"and {rest} in the report", "dim")))
     return rows
 
 

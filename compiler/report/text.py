@@ -6,7 +6,15 @@ import math
 import re
 from collections.abc import Sequence
 
-from llmc.compiler.report import GraphReport, OutputNumerics, PassReport, TaskReport, Timings, TradeOffLine
+from llmc.compiler.report import (
+    ActivationLine,
+    GraphReport,
+    OutputNumerics,
+    PassReport,
+    TaskReport,
+    Timings,
+    TradeOffLine,
+)
 
 _BREAK = re.compile(r"[ \t]*[\r\n\t]+[ \t]*")
 
@@ -97,6 +105,32 @@ def trade_off(line: TradeOffLine) -> tuple[str, ...]:
         similarity(line.cosine),
         difference(line.relative_l2),
     )
+
+
+ACTIVATIONS = ("Tensor", "#Saturated", "#Clips at", "#Largest", "#Scale")
+"""Columns of `activation`."""
+
+
+def activation(line: ActivationLine) -> tuple[str, ...]:
+    """A quantized activation in columns: the share of its values that are clipped, and where."""
+    return line.tensor, share(line.saturated), f"{line.clip:.3g}", f"{line.amax:.3g}", f"{line.scale:.3g}"
+
+
+def share(value: float | None) -> str:
+    """'0.012 %', '< 0.0001 %', '0'; '' where it is not known."""
+    if not value:
+        return "" if value is None else "0"
+    return f"{100 * value:.2g} %" if value >= 1e-6 else "< 0.0001 %"
+
+
+_HEIGHTS = "▁▂▃▄▅▆▇█"
+
+
+def bars(counts: Sequence[int]) -> str:
+    """A histogram on one line, two counts a bar, as high as its logarithm: '█▆▅▃▁··▁'; a dot where there is none."""
+    pairs = [sum(counts[start : start + 2]) for start in range(0, len(counts), 2)]
+    most = math.log2(1 + max(pairs, default=0))
+    return "".join(_HEIGHTS[math.ceil(8 * math.log2(1 + n) / most) - 1] if n else "·" for n in pairs)
 
 
 def shape(dimensions: Sequence[int | str | None] | None) -> str:

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from llmc.passes.base import LlmcError
+from llmc.passes.base import LlmcError, Scales
 from llmc.passes.graph import (
     Array,
     Constant,
@@ -38,6 +38,7 @@ class Inserter:
         self.before: dict[int, list[Node]] = {}
         """id of a node → nodes that must stand before it."""
         self.replaced: list[Tensor] = []
+        self.scales = Scales()
 
     def quantize(self, product: Product, amax: Mapping[str, float]) -> None:
         node = product.node
@@ -54,7 +55,9 @@ class Inserter:
 
     def _activation(self, product: Product, tensor: Tensor, amax: float) -> Variable:
         if (id(tensor), None) not in self.made:
-            parameters = self._parameters(tensor.name, self.levels.scales(np.asarray(amax), product.dtype))
+            scale = self.levels.scales(np.asarray(amax), product.dtype)
+            self.scales.activations[tensor.name] = float(scale)
+            parameters = self._parameters(tensor.name, scale)
             quantized = Variable(self.fresh(f"{tensor.name}_{self.levels.name}"), self.levels.numpy, tensor.shape)
             self._node("QuantizeLinear", product.node, [tensor, *parameters], quantized)
             self._dequantize(product, tensor, [quantized, *parameters])
@@ -73,11 +76,19 @@ class Inserter:
                     f"weight '{weight.name}' of {product.node.name} has NaN or infinity: it cannot be quantized"
                 )
             scale = self.levels.scales(amax, product.dtype)
+            self._count(scale)
             spread = np.expand_dims(scale, others)
             stored = Derived(self.levels.dtype, values.shape, lambda: self.levels.quantize(read(), spread))
             constant = Constant(self.fresh(f"{weight.name}_{self.levels.name}"), stored)
             self._dequantize(product, weight, [constant, *self._parameters(weight.name, scale)], axis=axis)
         return self.made[id(weight), axis]
+
+    def _count(self, scale: Array) -> None:
+        """Keep how many scales of a weight there are of each power of two."""
+        exponents = np.frexp(scale.astype(np.float64))[1] - 1
+        for exponent, count in zip(*np.unique(exponents, return_counts=True), strict=True):
+            known = self.scales.weights.get(int(exponent), 0)
+            self.scales.weights[int(exponent)] = known + int(count)
 
     def _parameters(self, name: str, scale: Array) -> list[Constant]:
         """Scale, and zero points of its shape."""

@@ -79,6 +79,7 @@ class QuantizeProducts(SelectivePass):
                     biases.append((product.node, loss.bias.astype(product.dtype)))
         self._besides(graph, quantized, inserter, context, result)
         inserter.finish()
+        result.scales = inserter.scales
         _correct(graph, biases)
         if not loud:
             result.warnings.append("nothing was quantized; the report says why for each node")

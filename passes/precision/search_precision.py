@@ -238,6 +238,7 @@ def _joined(first: PassResult, second: PassResult) -> PassResult:
         asked=second.asked | first.asked,
         kept=second.kept | first.kept,
         warnings=first.warnings + second.warnings,
+        scales=first.scales,
     )
 
 

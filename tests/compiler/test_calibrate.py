@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from llmc.compiler.calibrate import BINS, Histogram, SampledActivations, entropy, minmax, mse, percentile
+from llmc.compiler.calibrate import BARS, BINS, Histogram, SampledActivations, entropy, minmax, mse, percentile
 from llmc.compiler.errors import LlmcError
 from llmc.passes.graph import Array, infer_shapes
 
@@ -70,6 +70,49 @@ def test_counting_takes_no_memory_that_grows_with_the_sample():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 << 20  # a block of 2^18 values: 1 MiB for each float32 temporary, 2 MiB for the positions
+
+
+VALUES_IN_REACH = npst.arrays(np.float32, st.integers(1, 300), elements=st.floats(-8, 8, width=32)).filter(np.any)
+
+
+@settings(deadline=None)
+@given(VALUES_IN_REACH, st.floats(0, 9))
+def test_what_saturates_is_counted_to_within_the_bin_of_the_clipping_point(values, clip):
+    made, magnitudes = histogram(values), np.abs(values.astype(np.float64))
+    edge = np.floor(clip / made.width) * made.width
+    least, most = np.count_nonzero(magnitudes >= edge + made.width), np.count_nonzero(magnitudes >= edge)
+    assert least <= made.above(clip) <= most
+    if clip >= made.amax:
+        assert made.above(clip) == 0
+
+
+@settings(deadline=None)
+@given(VALUES_IN_REACH, st.integers(1, BINS - 1))
+def test_what_saturates_is_exact_where_the_clipping_point_is_a_bins_edge(values, bin_):
+    made = histogram(values)
+    clip = bin_ * made.width
+    expected = np.count_nonzero(np.abs(values) >= clip) if clip < made.amax else 0
+    assert made.above(clip) == expected
+    assert made.spread(clip).saturated == expected / values.size
+
+
+@settings(deadline=None)
+@given(VALUES_IN_REACH)
+def test_a_spread_counts_as_numpy_does(values):
+    spread, magnitudes = histogram(values).spread(1.0), np.abs(values.astype(np.float64))
+    edges = np.arange(len(spread.counts) + 1) * spread.width
+    assert list(spread.counts) == np.histogram(magnitudes[magnitudes > 0], edges)[0].tolist()
+    assert spread.counts[-1] > 0
+    assert len(spread.counts) <= BARS
+    assert (spread.values, spread.zeros) == (values.size, np.count_nonzero(values == 0))
+
+
+def test_known_values_saturate_as_counted_by_hand():
+    """99 in 1000 values are beyond 4, in no bin that 4 is in: -5 and 6; zeros count among all."""
+    values = np.repeat(np.array([0, 1, -3, -5, 6], np.float32), [300, 500, 101, 60, 39])
+    assert histogram(values).spread(4.0).saturated == 0.099
+    assert histogram(values).spread(6.0).saturated == 0
+    assert histogram(np.zeros(7, np.float32)).spread(0.0).saturated == 0
 
 
 # Where to clip

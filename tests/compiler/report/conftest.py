@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmc.compiler.report import (
+    ActivationLine,
     DtypeWeights,
     GraphReport,
     LayerPrecision,
@@ -70,6 +71,21 @@ def make_report(name: str) -> Report:
                     )
                     for left in range(2)
                 ],
+                activations=[
+                    ActivationLine(tensor="known", scale=0.02, clip=2.54, amax=2.6),
+                    ActivationLine(
+                        tensor=name,
+                        scale=0.01,
+                        clip=1.27,
+                        amax=1.9,
+                        saturated=0.00125,
+                        values=8000,
+                        zeros=984,
+                        bin_width=0.5,
+                        counts=[7000, 0, 6, 10],
+                    ),
+                ],
+                weight_scales={-9: 3, -7: 1},
                 numerics=[numerics],
                 warnings=[f"pass {name}"],
             ),

@@ -13,7 +13,7 @@ VOID = {"meta"}
 PAGE_TAGS = {"html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section", "div"}
 TEXT_TAGS = {"p", "h1", "h2", "h3", "ul", "li", "dl", "dt", "dd", "span", "strong", "i", "code", "details", "summary"}
 TABLE_TAGS = {"table", "thead", "tbody", "tr", "th", "td"}
-CHART_TAGS = {"svg", "g", "rect", "line", "circle", "text", "tspan", "title"}
+CHART_TAGS = {"svg", "g", "rect", "line", "circle", "text", "tspan", "title", "path"}
 
 
 class Page(HTMLParser):
@@ -61,6 +61,7 @@ def test_the_page_is_well_formed_and_says_the_facts(report: Report) -> None:
         "Error after each pass, against torch",
         "Passes",
         "Assignments that fuse-gelu measured",
+        "What fuse-gelu quantized",
         "Near misses",
         "Operators before and after",
         "Precision of layers",

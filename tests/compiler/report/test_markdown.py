@@ -35,6 +35,14 @@ def test_the_document_says_the_facts(report: Report) -> None:
     rows = cells(document)
     assert ["✓", "fuse-gelu", "21 → 12", "1", "3", "4 kB", "0.999980", "2.0e-03", "0.16 s"] in rows
     assert ["int8", "int8", "float16", "1", "1 MatMul"] in rows
+    assert ["encoder.layer.0/MatMul_1", "0.12 %", "1.27", "1.9", "0.01", "█▃"] in rows
+    assert ["known", "", "2.54", "2.6", "0.02", ""] in rows
+    assert [row for row in rows if row[0].startswith("2^")] == [
+        ["2^-9", "3", "0"],
+        ["2^-8", "0", "0"],
+        ["2^-7", "1", "1"],
+        ["2^-6", "0", "1"],
+    ]
     assert "12 nodes, opset 20, FLOPs: 2.87 GFLOP" in document
     assert "> [!WARNING]" in document
 

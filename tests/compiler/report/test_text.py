@@ -43,6 +43,19 @@ def test_differences() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "expected"), [(None, ""), (0.0, "0"), (0.012345, "1.2 %"), (1.5e-6, "0.00015 %"), (3e-9, "< 0.0001 %")]
+)
+def test_shares(value: float | None, expected: str) -> None:
+    assert text.share(value) == expected
+
+
+def test_bars_of_text_are_as_high_as_logarithms() -> None:
+    """Two counts a bar: log2(1 + n) of 255, 15, 1, 0 and 1 is 8, 4, 1, 0 and 1, of 8 heights."""
+    assert text.bars([200, 55, 15, 0, 0, 1, 0, 0, 1]) == "█▄▁·▁"
+    assert text.bars([]) == ""
+
+
+@pytest.mark.parametrize(
     ("sqnr", "max_abs", "expected"), [(61.27, 1e-3, "61.3 dB"), (None, 0.0, "equal"), (None, float("inf"), "–")]
 )
 def test_decibels(sqnr: float | None, max_abs: float, expected: str) -> None:
