@@ -170,7 +170,7 @@ def share_bar(shares: Sequence[int], title: str) -> Markup:
 def histogram(counts: Sequence[int], title: str, clip: float | None = None) -> Markup:
     """One bar a count, as high as its logarithm; a line at `clip` (in bars), beyond which they have another colour."""
     most = math.log2(1 + max(counts))
-    tops = [HISTOGRAM - HISTOGRAM * math.log2(1 + count) / most if count else HISTOGRAM for count in counts]
+    tops = [HISTOGRAM * (1 - math.log2(1 + count) / most) if count else HISTOGRAM for count in counts]
     inside = len(counts) if clip is None else min(len(counts), math.ceil(clip))
     bars = element(
         "svg",
