@@ -177,7 +177,7 @@ def test_a_killed_compile_goes_on_from_the_last_pass_that_it_finished(model: Pat
     server, compiled = forked(model)
     with server:
         found = []
-        for renames in (0, 8, 16):
+        for renames in (0, 8, 24):  # the files of quantize-int8's statistics lie between the last two
             empty_cache()
             assert compiled(folder / "out", renames=renames)[0] == -9
             finished = len(list((place() / "v1/records/pass").glob("*/*")))
