@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 
 from llmc.passes.base import LlmcError
-from llmc.passes.graph import FOUR_BIT, Array, Structure, Weights, raw_values
+from llmc.passes.graph import FOUR_BIT, Array, Structure, loaded, raw_values
 
 FED_FROM = 1 << 20
 """Bytes from which a weight is handed over with every run: ONNX Runtime copies those that a session is made with."""
@@ -27,7 +27,7 @@ class Runner:
     def __init__(self, structure: Structure, *, lean: bool = False) -> None:
         import onnxruntime as ort
 
-        weights = {name: _loaded(held) for name, held in structure.weights.items()}
+        weights = {name: np.asarray(loaded(held), order="C") for name, held in structure.weights.items()}
         given_back = {info.name for info in structure.model.graph.output}
         self._fed = {
             name: array
@@ -51,22 +51,21 @@ class Runner:
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         """The values of `outputs`. Raises LlmcError with the reason where ONNX Runtime fails."""
-        try:
-            found: list[Array] = self._session.run(list(outputs), {**feeds, **self._fed})
-        except Exception as error:
-            raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
-        return found
+        return _run(self._session.run, {**feeds, **self._fed}, outputs)
 
     def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """The same from OrtValues to OrtValues, which have types that NumPy has not."""
         import onnxruntime as ort
 
         fed = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._fed.items()}
-        try:
-            found: list[Any] = self._session.run_with_ort_values(list(outputs), {**feeds, **fed})
-        except Exception as error:
-            raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
-        return found
+        return _run(self._session.run_with_ort_values, {**feeds, **fed}, outputs)
+
+
+def _run(run: Callable[..., list[Any]], feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+    try:
+        return run(list(outputs), feeds)
+    except Exception as error:  # as above
+        raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
 
 
 def _with_inputs(model: onnx.ModelProto, fed: Mapping[str, Array]) -> onnx.ModelProto:
@@ -84,10 +83,6 @@ def _with_inputs(model: onnx.ModelProto, fed: Mapping[str, Array]) -> onnx.Model
     del changed.graph.initializer[:]
     changed.graph.initializer.extend(initializers)
     return changed
-
-
-def _loaded(held: Array | Weights) -> Array:
-    return np.asarray(held.load() if isinstance(held, Weights) else held, order="C")
 
 
 def _ort_value(array: Array) -> Any:

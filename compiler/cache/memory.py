@@ -183,16 +183,9 @@ class Memory:
 
     def digest(self, graph: Graph) -> str:
         """Of a graph, weights included, as `State.digest`; nothing is kept."""
-
-        def reference(held: Array | Weights) -> WeightRef:
-            dtype = int(onnx.helper.np_dtype_to_tensor_dtype(held.dtype))
-            known = self._known.get(id(held))
-            digest = known[1] if known else hashlib.sha256(raw_values(held, dtype)).hexdigest()
-            return WeightRef(digest, dtype, tuple(held.shape))
-
         structure = to_structure(graph)
-        weights = {name: reference(held) for name, held in structure.weights.items()}
-        return GraphRef(hashlib.sha256(_bytes(structure.model)).hexdigest(), weights).digest
+        weights = {name: self._reference(held, _sha256) for name, held in structure.weights.items()}
+        return GraphRef(_sha256(_bytes(structure.model)), weights).digest
 
     def find_state(self, kind: str, *parts: object) -> tuple[Mapping[str, Any], State] | None:
         """The record that `keep_state` wrote, and its graph."""
@@ -233,16 +226,17 @@ class Memory:
         return held
 
     def _weight(self, store: Store, held: Array | Weights, stays: bool) -> WeightRef:
-        dtype = int(onnx.helper.np_dtype_to_tensor_dtype(held.dtype))
-        if id(held) in self._known:
-            return WeightRef(self._known[id(held)][1], dtype, tuple(held.shape))
-        values = raw_values(held, dtype)
-        digest = hashlib.sha256(values).hexdigest() if stays else store.add(values)
-        ref = WeightRef(digest, dtype, tuple(held.shape))
-        if stays:
-            self._known[id(held)] = (held, digest)
+        ref = self._reference(held, _sha256 if stays else store.add)
+        if stays and id(held) not in self._known:
+            self._known[id(held)] = (held, ref.sha256)
             self._origins[ref] = held
         return ref
+
+    def _reference(self, held: Array | Weights, digest: Callable[[memoryview], str]) -> WeightRef:
+        """A weight by the digest that is known of it, or else by what `digest` gives for its bytes."""
+        dtype = int(onnx.helper.np_dtype_to_tensor_dtype(held.dtype))
+        known = self._known.get(id(held))
+        return WeightRef(known[1] if known else digest(raw_values(held, dtype)), dtype, tuple(held.shape))
 
     def _write(self, work: Callable[[Store], T]) -> T | None:
         """Do what writes to the store; None where that cannot be done, which is said once: a compile needs no cache."""
@@ -254,6 +248,10 @@ class Memory:
             self._full = True
             _LOGGER.warning("nothing more is cached in %s: %s", self.store.root, error.strerror or error)
             return None
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _bytes(model: onnx.ModelProto) -> bytes:

@@ -20,7 +20,7 @@ from llmc.compiler.session import Session
 from llmc.compiler.verification.metrics import compare
 from llmc.compiler.verification.regions import Region, Side, changed_regions
 from llmc.passes.base import LlmcError
-from llmc.passes.graph import Array, Structure, Weights, from_structure, module_in
+from llmc.passes.graph import Array, Structure, from_structure, loaded, module_in
 
 CAPTURED_SAMPLES = 2
 """How many samples are captured, where they fit."""
@@ -204,4 +204,4 @@ class _Constants:
         held = self.weights.get(name)
         if held is None:
             return onnx.numpy_helper.to_array(self.tensors[name])
-        return held.load() if isinstance(held, Weights) else held
+        return loaded(held)

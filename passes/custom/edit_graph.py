@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from llmc.passes.base import Context, LlmcError, Pass, PassResult, Safety, Skip
-from llmc.passes.graph import Array, Graph, Node, Structure, Weights, from_structure, to_structure
+from llmc.passes.graph import Array, Graph, Node, Structure, Weights, from_structure, loaded, to_structure
 from llmc.passes.opset import take_over
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _to_graphsurgeon(structure: Structure) -> gs.Graph:
 
 def _load(held: Array | Weights) -> Array:
     """Values that may be written to: the graph's own are not."""
-    return (held.load() if isinstance(held, Weights) else held).copy()
+    return loaded(held).copy()
 
 
 def _from_graphsurgeon(graph: Any, function: str) -> Structure:

@@ -58,6 +58,7 @@ from llmc.passes.graph.tensors import Variable as Variable
 from llmc.passes.graph.tensors import Weights as Weights
 from llmc.passes.graph.tensors import dtype_name as dtype_name
 from llmc.passes.graph.tensors import extra_attributes as extra_attributes
+from llmc.passes.graph.tensors import loaded as loaded
 from llmc.passes.graph.tensors import metadata as metadata
 from llmc.passes.graph.tensors import module_in as module_in
 from llmc.passes.graph.tensors import module_of as module_of

@@ -13,7 +13,7 @@ from llmc.passes.graph.tensors import (
     Graph,
     Node,
     Tensor,
-    Weights,
+    loaded,
     numpy_dtype,
     onnx_dtype,
     stored_bytes,
@@ -51,8 +51,7 @@ def reads(node: Node) -> Iterator[Tensor]:
 
 def load_values(constant: Constant) -> Array:
     """The values; unlike `Constant.values` it does not make the constant hold them in memory from then on."""
-    values = constant._values
-    return cast(Array, values.load() if isinstance(values, Weights) else values)
+    return loaded(constant._values)
 
 
 def fresh_names(graph: Graph) -> Callable[[str], str]:

@@ -24,6 +24,7 @@ from llmc.passes.graph.tensors import (
     Structure,
     Tensor,
     Weights,
+    loaded,
     onnx_dtype,
     shape_of,
     stored_bytes,
@@ -50,7 +51,7 @@ def to_model(graph: Graph) -> onnx.ModelProto:
 
 def raw_values(values: Array | Weights, onnx_dtype: int) -> memoryview:
     """The bytes that ONNX stores for a tensor (little-endian, row-major; 4-bit types packed)."""
-    array = values.load() if isinstance(values, Weights) else values
+    array = loaded(values)
     if onnx_dtype in FOUR_BIT:
         return memoryview(onnx.numpy_helper.from_array(array).raw_data)
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data

@@ -57,6 +57,11 @@ class Weights:
         return raw.view(self.dtype).reshape(self.shape)
 
 
+def loaded(held: Array | Weights) -> Array:
+    """The values, wherever they are held."""
+    return held.load() if isinstance(held, Weights) else held
+
+
 class Derived(Weights):
     """Values made from other values each time they are asked for: a large result takes no memory while nobody reads it.
 
