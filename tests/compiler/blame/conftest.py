@@ -50,7 +50,7 @@ def torch_model(name: str, size: str) -> Any:
 
     torch.manual_seed(0)
     if name == "bert":
-        width, layers, heads = {"base": (768, 12, 12), "medium": (256, 6, 8), "small": (64, 2, 4)}[size]
+        width, layers, heads = {"base": (768, 12, 12), "small": (64, 2, 4)}[size]
         sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         sizes |= {"intermediate_size": 4 * width, "vocab_size": 512}
         attention = "eager" if size == "small" else "sdpa"

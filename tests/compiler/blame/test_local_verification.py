@@ -61,7 +61,7 @@ def test_local_finds_what_full_finds(fault: str, planted: Callable[..., Any]) ->
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("model", "fault"), [(model, fault) for model, faults in FAULTS.items() for fault in faults])
 def test_local_finds_all_that_full_finds(model: str, fault: str, seed: int, planted: Callable[..., Any]) -> None:
-    check(planted(model, fault, seed=seed, size="medium"))
+    check(planted(model, fault, seed=seed, size="base"))
 
 
 @pytest.fixture

@@ -20,8 +20,6 @@ from llmc.compiler.blame.reproducer import reproduce
 from .conftest import ALLOWED, FAULTS
 
 SAMPLE = ("tanh-gelu", "overflow", "bad-scale")
-SIZES = ("base", "medium", "medium", "medium")
-"""Of BERT, for each seed: the first has the shape of BERT-base."""
 
 
 def check(case: Any, place: Path) -> None:
@@ -49,9 +47,9 @@ def test_a_planted_fault_is_found(fault: str, planted: Callable[..., Any], tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(len(SIZES)))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("model", "fault"), [(model, fault) for model, faults in FAULTS.items() for fault in faults])
 def test_sixty_planted_faults_are_found(
     model: str, fault: str, seed: int, planted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    check(planted(model, fault, seed, SIZES[seed]), tmp_path / "out")
+    check(planted(model, fault, seed, "base"), tmp_path / "out")
