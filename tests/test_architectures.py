@@ -77,9 +77,24 @@ def features(batch: int, _length: int, rng: np.random.Generator) -> dict[str, Ar
     return {"input_features": rng.standard_normal((batch, 8, 16)).astype(np.float32)}
 
 
+def translated(batch: int, length: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Tokens for an encoder, and one more for a decoder."""
+    return {**tokens(batch, length, rng), "decoder_input_ids": rng.integers(3, VOCABULARY, (batch, length + 1))}
+
+
+def transcribed(batch: int, length: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Sound for an encoder, and tokens with their mask for a decoder."""
+    return features(batch, length, rng) | {f"decoder_{name}": ids for name, ids in tokens(batch, length, rng).items()}
+
+
 def hidden(_batch: int, _length: int, rng: np.random.Generator) -> dict[str, Array]:
     """Of one size: the legacy exporter writes the batch into torch.nn.MultiheadAttention as a number."""
     return {"hidden_states": rng.standard_normal((2, 8, HIDDEN)).astype(np.float32)}
+
+
+def hidden_and_memory(batch: int, length: int, rng: np.random.Generator) -> dict[str, Array]:
+    """The same for a decoder, with what an encoder made of a longer sequence."""
+    return hidden(batch, length, rng) | {"memory": rng.standard_normal((2, 11, HIDDEN)).astype(np.float32)}
 
 
 def transformer(name: str, **settings: Any) -> Callable[[str], Any]:
@@ -103,6 +118,15 @@ BERT = {
     "max_position_embeddings": 32,
 }
 LLAMA = {**BERT, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0}
+BART = {
+    "d_model": HIDDEN,
+    **{f"{part}_layers": LAYERS for part in ("encoder", "decoder")},
+    **{f"{part}_attention_heads": HEADS for part in ("encoder", "decoder")},
+    **{f"{part}_ffn_dim": 2 * HIDDEN for part in ("encoder", "decoder")},
+    "vocab_size": VOCABULARY,
+    "use_cache": False,
+}
+T5 = {"d_model": HIDDEN, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": HEADS, "vocab_size": VOCABULARY}
 VISION = {key: BERT[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
 
 
@@ -112,6 +136,11 @@ def encoder(norms: int, gelus: int = LAYERS) -> dict[str, int]:
 
 def decoder(norms: int, rotations: int = 2 * LAYERS, gelus: int = 0) -> dict[str, int]:
     return {"Attention": LAYERS, "RMSNormalization": norms, "RotaryEmbedding": rotations, "Gelu": gelus}
+
+
+def both(norms: str, count: int, gelus: int = 0) -> dict[str, int]:
+    """An encoder and a decoder: attention to itself in every layer of both, and to the other in the decoder's."""
+    return {"Attention": 3 * LAYERS, norms: count, "Gelu": gelus}
 
 
 def whisper_encoder(attention: str) -> Any:
@@ -165,6 +194,25 @@ def torch_encoder(batch_first: bool) -> Callable[[str], Any]:
         return nn.Sequential(*(nn.TransformerEncoderLayer(HIDDEN, HEADS, 2 * HIDDEN, **layer) for _ in range(LAYERS)))
 
     return make
+
+
+def torch_decoder(_attention: str) -> Any:
+    """torch.nn.TransformerDecoderLayer: attention to itself, without a mask, and to a memory."""
+    from torch import nn
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            settings: dict[str, Any] = {"activation": "gelu", "batch_first": True}
+            layers = (nn.TransformerDecoderLayer(HIDDEN, HEADS, 2 * HIDDEN, **settings) for _ in range(LAYERS))
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: Any, memory: Any) -> Any:
+            for layer in self.layers:
+                x = layer(x, memory)
+            return x
+
+    return Decoder()
 
 
 def mobilenet(_attention: str) -> Any:
@@ -248,12 +296,30 @@ ARCHITECTURES = {
     ),
     "whisper-encoder": Architecture(whisper_encoder, features, encoder(2 * LAYERS + 1, LAYERS + 2)),
     "t5-encoder": Architecture(
-        transformer(
-            "T5EncoderModel", d_model=HIDDEN, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=HEADS, vocab_size=VOCABULARY
-        ),
+        transformer("T5EncoderModel", **T5),
         tokens,
         {"Attention": LAYERS, "RMSNormalization": 2 * LAYERS + 1},
         eager=True,
+    ),
+    "t5": Architecture(
+        transformer("T5Model", **T5, use_cache=False), translated, both("RMSNormalization", 5 * LAYERS + 2), eager=True
+    ),
+    "bart": Architecture(
+        transformer("BartModel", **BART, max_position_embeddings=32),
+        translated,
+        both("LayerNormalization", 5 * LAYERS + 2, 2 * LAYERS),
+    ),
+    "whisper": Architecture(
+        transformer(
+            "WhisperModel",
+            **BART,
+            num_mel_bins=8,
+            max_source_positions=8,
+            max_target_positions=32,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0),
+        ),
+        transcribed,
+        both("LayerNormalization", 5 * LAYERS + 2, 2 * LAYERS + 2),
     ),
     "gpt2": Architecture(
         transformer(
@@ -294,6 +360,26 @@ ARCHITECTURES = {
         transformer("FalconModel", **BERT, multi_query=False, alibi=False, bias=True, use_cache=False),
         tokens,
         encoder(LAYERS + 1) | {"RotaryEmbedding": 2 * LAYERS},
+        left={"Transpose": 0},
+    ),
+    "falcon-grouped": Architecture(
+        transformer("FalconModel", **BERT, new_decoder_architecture=True, num_kv_heads=2, alibi=False, use_cache=False),
+        tokens,
+        encoder(2 * LAYERS + 1) | {"RotaryEmbedding": 2 * LAYERS},
+    ),
+    "bloom": Architecture(
+        transformer(
+            "BloomModel", hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCABULARY, use_cache=False
+        ),
+        tokens,
+        encoder(2 * LAYERS + 2),
+        eager=True,
+        left={"Transpose": 0},
+    ),
+    "torch-decoder": Architecture(
+        torch_decoder,
+        hidden_and_memory,
+        {"Attention": 2 * LAYERS, "LayerNormalization": 3 * LAYERS, "Gelu": LAYERS},
         left={"Transpose": 0},
     ),
     "torch-batch-first": Architecture(
@@ -344,12 +430,11 @@ def export(architecture: Architecture, how: str, path: Path) -> None:
             self.model = model
 
         def forward(self, *given: Any) -> Any:
-            if len(given) == 1 and not hasattr(model, "config"):
-                return self.model(given[0])
+            if not hasattr(model, "config"):
+                return self.model(*given)
             return self.model(**dict(zip(sample, given, strict=True))).last_hidden_state
 
-    axes = {name: {0: "batch", **({1: "sequence"} if value.ndim == 2 else {})} for name, value in sample.items()}
-    axes |= {"hidden_states": {}} if "hidden_states" in sample else {}
+    axes = {name: axes_of(name, value) for name, value in sample.items()}
     options: dict[str, Any] = {"opset_version": int(opset), "input_names": list(sample), "output_names": ["output"]}
     if exporter == "dynamo":
         options |= {"dynamo": True, "dynamic_shapes": {"given": tuple(axes.values())}, "external_data": False}
@@ -362,6 +447,13 @@ def export(architecture: Architecture, how: str, path: Path) -> None:
         given = tuple(torch.from_numpy(value) for value in sample.values())
         torch.onnx.export(Named(), given, str(path), verbose=False, **options)
         logging.disable(logging.NOTSET)
+
+
+def axes_of(name: str, value: Array) -> dict[int, str]:
+    """The dynamic axes of an input."""
+    if name in ("hidden_states", "memory"):
+        return {}
+    return {0: "batch"} if value.ndim > 2 else {0: "batch", 1: "target" if name.startswith("decoder") else "sequence"}
 
 
 def randomise(model: Any) -> None:

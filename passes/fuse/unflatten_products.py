@@ -59,6 +59,7 @@ class UnflattenProducts(Pass):
     a [b, h, m, k], c [b, h, k, n]: `Reshape(MatMul(Reshape(a, [b·h, m, k]), Reshape(c, [b·h, k, n])), [b, h, m, n])` →
     `MatMul(a, c)`, as DeBERTa and older decoders multiply queries, keys and values. Transposes, a Softmax, scales and
     sums in between come along; what is added and was not merged from batch and heads is split by a Reshape of its own.
+    A row [b, h, n] that was merged to [b·h, 1, n] and is added, as BLOOM adds ALiBi, becomes [b, h, 1, n].
 
     **Safety:** tolerance; the same sums, the bias added after rounding (float32: 1e-6 of the largest value).
 

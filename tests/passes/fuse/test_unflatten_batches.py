@@ -13,9 +13,11 @@ from llmc.passes.graph import Graph, copy_graph, infer_shapes, to_model
 
 INPUTS = {
     "a": "B,2,3,4", "c": "B,2,4,5", "k": "B,2,5,4", "v": "B,2,5,4", "bias": "B,2,3,5", "mask": "B,1,3,5", "wide": "3,5",
+    "row": "B,2,5", "long": "B,2,S,5",
 }  # fmt: skip
 VECTORS = {"left": (-1, 3, 4), "right": (-1, 4, 5), "rows": (-1, 5, 4), "flat": (-1, 3, 5), "back": (-1, 2, 3, 5)}
-VECTORS |= {"out": (-1, 2, 3, 4), "turned": (-1, 3, 2, 5)}
+VECTORS |= {"out": (-1, 2, 3, 4), "turned": (-1, 3, 2, 5), "swapped": (-1, 2, 5, 3), "thin": (-1, 1, 5)}
+VECTORS |= {"any": (-1,), "five": (5,), "four": (2, 4)}
 CONSTANTS = ", ".join(f"int64[{len(v)}] {name} = {{{', '.join(map(str, v))}}}" for name, v in VECTORS.items())
 BOTH = "p = Reshape(a, left) q = Reshape(c, right) "
 PRODUCT = BOTH + "m = MatMul(p, q) "
@@ -34,6 +36,17 @@ FIRES = {
     "a scale, a cap and a difference": (
         PRODUCT + BIAS + "n = Mul(m, two) h = Tanh(n) s = Sub(f, h) d = Sub(two, s) y = Reshape(d, back)",
         ["Reshape", "Abs", "Reshape", "MatMul", "Mul", "Tanh", "Sub", "Sub"],
+    ),
+    "a row of merged heads, as ALiBi adds": (
+        PRODUCT + "e = Reshape(row, thin) s = Add(m, e) y = Reshape(s, back)", ["Unsqueeze", "MatMul", "Add"],
+    ),
+    "a row that goes through something else": (
+        PRODUCT + "e = Reshape(row, thin) f = Abs(e) s = Add(m, f) y = Reshape(s, back)",
+        ["Reshape", "Abs", "Reshape", "MatMul", "Add"],
+    ),
+    "a sum with something else, transposed": (
+        PRODUCT + BIAS + "s = Add(m, f) t = Transpose<perm = [0,2,1]>(s) y = Reshape(t, swapped)",
+        ["Reshape", "Abs", "Reshape", "MatMul", "Add", "Transpose"],
     ),
     "scores, masked apart, and their product with values": (
         PRODUCT + "g = Reshape(m, back) n = Add(g, mask) f = Reshape(n, flat) w = Softmax(f) r = Reshape(v, rows) "
@@ -70,6 +83,12 @@ STAYS = {
         PRODUCT + "[sum] s = Add(m, wide) y = Reshape(s, back)",
         "'wide' may not have the shape of what Add 'sum' makes",
     ),
+    "a sum with something else of rows that are counted in each run": (
+        "n = Shape<start = 2, end = 3>(long) f = Concat<axis = 0>(any, n, five) p = Reshape(long, f) "
+        "q = Reshape(k, rows) m = MatMul(p, q) o = MatMul(p, q) w = Cos(o) s = Add(w, m) "
+        "t = Transpose<perm = [0,2,1]>(s) g = Concat<axis = 0>(any, four, n) y = Reshape(t, g)",
+        "how to split 'w' would have to be computed in each run",
+    ),
     "a sum of nothing that was merged": (
         BIAS + "g = Abs(e) s = Add(f, g) y = Reshape(s, back)",
         "Abs 'magnitude' is not known to work on batch and heads apart",
@@ -95,7 +114,8 @@ def test_fires(name: str, parse: Any) -> None:
     assert sorted(node.op for node in changed.nodes) == sorted(operators), result.near_misses
     onnx.checker.check_model(to_model(changed), full_check=True)
     rng = np.random.default_rng(0)
-    sizes = {name: [7 if size == "B" else int(size) for size in shape.split(",")] for name, shape in INPUTS.items()}
+    symbols = {"B": 7, "S": 6}
+    sizes = {name: [symbols.get(n) or int(n) for n in shape.split(",")] for name, shape in INPUTS.items()}
     feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in sizes.items()}
     # float32: sums of four or five products of order 1, 2^-24 each, maybe in another order
     np.testing.assert_allclose(Session(changed).run(feeds)["y"], Session(graph).run(feeds)["y"], rtol=0, atol=5e-6)
