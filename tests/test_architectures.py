@@ -362,10 +362,11 @@ ARCHITECTURES = {
         encoder(LAYERS + 1) | {"RotaryEmbedding": 2 * LAYERS},
         left={"Transpose": 0},
     ),
-    "falcon-grouped": Architecture(
+    "falcon-grouped": Architecture(  # Expand is of the rotary tables, Reshape of the mask
         transformer("FalconModel", **BERT, new_decoder_architecture=True, num_kv_heads=2, alibi=False, use_cache=False),
         tokens,
         encoder(2 * LAYERS + 1) | {"RotaryEmbedding": 2 * LAYERS},
+        left={"Transpose": 0, "Expand": 2, "Reshape": 1, "Split": LAYERS},
     ),
     "bloom": Architecture(
         transformer(

@@ -12,10 +12,10 @@ from llmc.passes.fuse.attention_match import (
     NotAttentionError,
     producer,
     scale_attribute,
-    unrepeated,
     unscaled,
     users_of,
 )
+from llmc.passes.fuse.repeated_heads import SPLIT, Repeated, repeated
 from llmc.passes.graph import Graph, Node, Tensor, metadata, rewire
 from llmc.passes.match import called
 from llmc.passes.pattern import Builder
@@ -23,8 +23,6 @@ from llmc.passes.placement import Placement
 from llmc.passes.shapes.dimension import Dimension, Shape, product
 from llmc.passes.shapes.dimensions import Dimensions
 
-SPLIT = [0, 2, 1, 3]
-"""The order of axes between [batch, sequence, heads, size] and [batch, heads, sequence, size]."""
 SEQUENCE_FIRST = [2, 0, 1, 3]
 """From [batch, heads, sequence, size] to [sequence, batch, heads, size], as torch.nn.MultiheadAttention has it."""
 
@@ -72,17 +70,23 @@ class HeadFolder:
         self.graph, self.dims, self.placement = graph, dims, placement
         self.fresh, self.given_back = fresh, given_back
 
-    def groups(self, node: Node) -> tuple[Tensor, Tensor] | None:
+    def groups(self, node: Node) -> tuple[Repeated, Repeated] | None:
         """Keys and values as they were before they were repeated for the heads of a group; None where they were not."""
         if _keeps_cache(node):
             return None
-        key, value = (unrepeated(self.dims, tensor) for tensor in node.inputs[1:3])
-        return (key[0], value[0]) if key is not None and value is not None and key[1] == value[1] else None
+        key, value = (repeated(self.dims, tensor, self.given_back) for tensor in node.inputs[1:3])
+        return (key, value) if key is not None and value is not None and key.count == value.count else None
 
-    def take_groups(self, node: Node, key: Tensor, value: Tensor) -> None:
+    def take_groups(self, node: Node, key: Repeated, value: Repeated) -> None:
         """Let the node read these."""
         makers = [producer(tensor) for tensor in node.inputs[1:3]]
-        rewire([(node, 1, key), (node, 2, value)])
+        op = Builder(self.graph.opset, self.fresh, node.name)
+        rewire([(node, index, heads.make(op)) for index, heads in ((1, key), (2, value))])
+        for new in op.nodes:
+            if not metadata(new):
+                metadata(new).update(metadata(node))
+        self.placement.early(op.nodes)
+        self.dims.follow(op.nodes)
         for maker in makers:
             if maker is not None:
                 self.placement.remove_unused(maker)

@@ -11,7 +11,7 @@ import numpy as np
 
 from llmc.passes.graph import Constant, Node, Tensor, constant_source, constant_value, load_values
 from llmc.passes.match import attribute, called
-from llmc.passes.shapes.dimension import ONE, Dimension, Shape
+from llmc.passes.shapes.dimension import ONE
 from llmc.passes.shapes.dimensions import Dimensions
 
 CONVERSIONS = ("Cast", "Identity")
@@ -297,23 +297,6 @@ def leads_to_product(tensor: Tensor, reach: int = REACH) -> bool:
         **dict.fromkeys(CONVERSIONS, (0,)),
     }
     return any(leads_to_product(node.inputs[i], reach - 1) for i in passing.get(node.op, ()))
-
-
-def unrepeated(dims: Dimensions, tensor: Tensor) -> tuple[Tensor, int] | None:
-    """x and n of a tensor [b, h·n, s, d] in which each head of x [b, h, s, d] stands n times in a row."""
-    merge = producer(tensor)
-    expand = producer(merge.inputs[0]) if merge is not None and merge.op == "Reshape" else None
-    insert = producer(expand.inputs[0]) if expand is not None and expand.op in ("Expand", "Tile") else None
-    if merge is None or expand is None or insert is None or insert.op not in ("Unsqueeze", "Reshape"):
-        return None
-    shapes: list[Shape | None] = [dims.of(t) for t in (insert.inputs[0], insert.outputs[0], expand.outputs[0], tensor)]
-    source, inserted, expanded, merged = shapes
-    if source is None or len(source) != 4 or expanded is None or len(expanded) != 5:
-        return None
-    count = expanded[2].number
-    wanted = (source[0], source[1] * Dimension.of(count or 0), *source[2:])
-    as_needed = inserted == (*source[:2], ONE, *source[2:]) and expanded == (*source[:2], expanded[2], *source[2:])
-    return (insert.inputs[0], count) if count and as_needed and merged == wanted else None
 
 
 def counts_along(dims: Dimensions, tensor: Tensor, axis: int) -> bool:

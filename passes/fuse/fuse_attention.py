@@ -10,7 +10,8 @@ from pydantic import Field
 from llmc.passes.base import Context, NearMiss, Pass, PassResult
 from llmc.passes.fuse.attention_heads import HeadFolder
 from llmc.passes.fuse.attention_mask import MaskBuilder
-from llmc.passes.fuse.attention_match import AttentionMatcher, NotAttentionError, Site, scale_attribute, unrepeated
+from llmc.passes.fuse.attention_match import AttentionMatcher, NotAttentionError, Site, scale_attribute
+from llmc.passes.fuse.repeated_heads import repeated
 from llmc.passes.graph import (
     Graph,
     Node,
@@ -162,10 +163,11 @@ class _Fusion:
 
     def _take_groups(self, site: Site) -> None:
         """Take keys and values as they were before they were repeated for the heads of a group."""
-        key = unrepeated(self.dims, site.key) if site.key_order is None else None
-        value = unrepeated(self.dims, site.value)
-        if key is not None and value is not None and key[1] == value[1]:
-            site.key, site.value = key[0], value[0]
+        if site.key_order is not None:
+            return
+        key, value = (repeated(self.dims, tensor, self.given_back) for tensor in (site.key, site.value))
+        if key is not None and value is not None and key.stands and value.stands and key.count == value.count:
+            site.key, site.value = key.source, value.source
 
     def _check_shapes(self, site: Site) -> Shape:
         query, key, value = (self.dims.of(t) for t in (site.query, site.key, site.value))

@@ -193,16 +193,24 @@ class _Packed:
             if can_make((*x[:-1], Part(tensor, view).width), steps(view, x)):
                 found = Part(tensor, view)
         users = self._users(tensor)
-        if picked or not users or any(user.op not in PICKS or id(user) not in self.inside for user in users):
+        taken = [self._taken(user, view, x) for user in users]
+        if picked or not any(user.op in PICKS for user in users) or None in taken:
             yield found
             return
         if id(tensor) in self.given_back:
             raise NotPackedError(f"'{tensor.name}', the parts side by side, is an output of the graph")
-        for user in users:
-            for output, part in zip(user.outputs, parts(user, view, self.dims), strict=True):
+        for user, views in zip(users, taken, strict=True):
+            for output, part in zip(user.outputs, views or [], strict=True):
                 if part is None:
                     raise NotPackedError(f"{called(user)} takes not one part that is known")
-                yield from self._parts(output, part, x, picked=True)
+                yield from self._parts(output, part, x, picked=user.op in PICKS)
+
+    def _taken(self, user: Node, view: View, x: Shape) -> list[View | None] | None:
+        """What a node beside others makes of a view: parts, or all of it moved; None where it does something else."""
+        if id(user) not in self.inside:
+            return None
+        following = moved(user, view, x, self.dims)
+        return parts(user, view, self.dims) if user.op in PICKS else None if following is None else [following]
 
     def _users(self, tensor: Tensor) -> list[Node]:
         """The nodes that read a tensor, but for those whose results nobody reads."""

@@ -394,7 +394,44 @@ def heads(body: str, inputs: str = X, outputs: str = "float[B,S,32] y") -> str:
     return f"({inputs}) => ({outputs}) {{ {body} }}"
 
 
+REPEATED = (
+    "qh = Constant<value_ints = [0,0,4,8]>() qr = Reshape(q, qh) qt = Transpose<perm=[0,2,1,3]>(qr) "
+    "one = Constant<value_ints = [0,0,2,1,8]>() twice = Constant<value_ints = [1,1,1,2,1]>() "
+    "three = Constant<value_ints = [3]>() "
+    "ku = Reshape(k, one) ke = Expand(ku, twice) km = Reshape(ke, qh) kt = Transpose<perm=[0,2,1,3]>(km) "
+    "vu = Reshape(v, one) ve = Expand(vu, twice) vm = Reshape(ve, qh) vt = Transpose<perm=[0,2,1,3]>(vm) "
+    "ko = RotaryEmbedding(kt, c, z) "
+)
+"""As Falcon groups its heads: keys and values are repeated behind the sequence, then brought to the front; turned."""
+ROTATED = ", float[B,T,4] c, float[B,T,4] z"
 FOLDS = {
+    "keys repeated, then turned": (
+        heads(REPEATED + ATTEND.replace("kt", "ko") + FLAT, X + ROTATED),
+        ["Attention", "RotaryEmbedding"],
+    ),
+    "keys repeated, then a part of each turned": (
+        heads(
+            REPEATED.replace("Embedding(", "Embedding<rotary_embedding_dim = 4, num_heads = 4>(")
+            + ATTEND.replace("kt", "ko")
+            + FLAT,
+            X + ROTATED.replace("4]", "2]"),
+        ),
+        ["Attention", "RotaryEmbedding"],
+    ),
+    "keys that came as heads repeated, then turned": (
+        heads(
+            REPEATED.replace("Reshape(k, one)", "Unsqueeze(k, three)") + ATTEND.replace("kt", "ko") + FLAT,
+            X.replace("T,16] k", "T,2,8] k") + ROTATED,
+        ),
+        ["Attention", "Reshape", "RotaryEmbedding"],
+    ),
+    "keys that came with an axis to repeat, then turned": (
+        heads(
+            REPEATED.replace("ku = Reshape(k, one)", "ku = Relu(k)") + ATTEND.replace("kt", "ko") + FLAT,
+            X.replace("T,16] k", "T,2,1,8] k") + ROTATED,
+        ),
+        ["Attention", "Relu", "Reshape", "RotaryEmbedding", "Squeeze"],
+    ),
     "Attention of the exporter": (heads(SPLIT + ATTEND + FLAT), ["Attention"]),
     "shapes computed in every run": (
         heads(
@@ -465,6 +502,14 @@ def test_folds_heads(name: str, parse: Any) -> None:
 
 
 KEEPS_HEADS = {
+    "repeated keys are used elsewhere behind their rotation": (
+        heads(
+            REPEATED + ATTEND.replace("kt", "ko") + FLAT + " r = Relu(ko)",
+            X + ROTATED,
+            "float[B,S,32] y, float[B,4,T,8] r",
+        ).replace("ko = Rotary", "[turn] ko = Rotary"),
+        "the result of RotaryEmbedding 'turn' is used elsewhere, split into heads",
+    ),
     "result is an output": (
         heads(SPLIT + "y = Attention(qt, kt, vt)", outputs="float[B,4,S,8] y"),
         "'y', split into heads, is an output of the graph or used twice",

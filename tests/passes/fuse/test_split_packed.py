@@ -72,6 +72,16 @@ FIRES = {
         "float[S,B,8] a, float[S,B,1,1,2] b, float[S,B,1,1,2] c",
         {"MatMul": 1, "Add": 1, "Split": 1, "Reshape": 2},
     ),
+    "groups, some of whose parts are brought to the front first": (
+        f"{PRODUCT} h = Constant<value_ints = [0, 0, 1, 6, 2]>() r = Reshape(x, h) j0 = Constant<value_ints = [0]>() "
+        "j1 = Constant<value_ints = [4]>() e3 = Constant<value_ints = [3]>() q = Slice(r, j0, j1, e3) "
+        "f = Constant<value_ints = [0, 0, 8]>() a = Reshape(q, f) t = Transpose<perm = [3, 0, 1, 2, 4]>(r) "
+        "i1 = Constant<value = int64[1, 1] {-2}>() i2 = Constant<value = int64[1, 1] {5}>() "
+        "bg = GatherND(t, i1) b = Transpose<perm = [1, 2, 3, 0, 4]>(bg) "
+        "cg = GatherND(t, i2) c = Transpose<perm = [1, 2, 3, 0, 4]>(cg)",
+        "float[S,B,8] a, float[S,B,1,1,2] b, float[S,B,1,1,2] c",
+        {"MatMul": 1, "Add": 1, "Split": 1, "Reshape": 2},
+    ),
 }  # fmt: skip
 STAYS = {
     "a part is taken twice": (
@@ -87,6 +97,10 @@ STAYS = {
     ),
     "the stack is used": (
         f"{STACK} t = Transpose<perm = [2, 0, 1, 3]>(r) {PICK} d = Relu(t)", f"{OUTPUTS}, float[3,S,B,4] d", [],
+    ),
+    "all of it is taken beside a part": (
+        f"{STACK} t = Transpose<perm = [2, 0, 1, 3]>(r) {PICK} d = Transpose<perm = [1, 2, 0, 3]>(t)",
+        f"{OUTPUTS}, float[S,B,3,4] d", ["of the columns of 'x' not each is taken once"],
     ),
     "several at once": (
         TORCH.replace("value = int64 {0}", "value = int64[1] {0}"), OUTPUTS.replace("float[S,B", "float[1,S,B", 1),
