@@ -197,7 +197,10 @@ class SampledActivations:
         digest: str | None = None,
         known: Statistics | None = None,
         memory: Memory = NOTHING,
+        held_out: SampledActivations | None = None,
     ) -> None:
+        self.held_out = held_out
+        """Of samples that none of these statistics come from."""
         self.known = known
         """What clipping points are taken from, where an earlier compile has measured them: no sample is run."""
         self.calibrated: dict[str, Clipped] = {}

@@ -33,6 +33,8 @@ class Given:
     """Of the failed step, where it calibrates."""
     tokenizer: Path | None = None
     processor: Path | None = None
+    judging: Samples | None = None
+    """Of the failed step, where it judges what it does on data of its own."""
 
 
 def evidence_place(output: Path) -> Path:
@@ -112,7 +114,7 @@ def keep_crash(output: Path, recipe: Recipe, crash: PassCrash, given: Given, rep
     """Write the report so far, of a compile, and `output`/repro; return the command that repeats the crash.
 
     `before.onnx` is the graph that the pass was given, `recipe.yaml` has this pass alone, `traceback.txt` is where it
-    went wrong; `inputs/` and `calibration/` hold the samples.
+    went wrong; `inputs/`, `calibration/` and `judging/` hold the samples.
     """
     step = crash.step
     only = slice(step.index - 1, step.index)
@@ -123,6 +125,9 @@ def keep_crash(output: Path, recipe: Recipe, crash: PassCrash, given: Given, rep
         if given.calibration is not None and hasattr(recipe.passes[step.index - 1], "calibration"):
             _write_samples(given.calibration, repro / "calibration")
             words += ["--calibration", output / "repro/calibration"]
+        if given.judging is not None:
+            _write_samples(given.judging, repro / "judging")
+            words += ["--set", f"passes.{step.key}.judge.data={output / 'repro/judging'}"]
         _write_recipe(recipe, only, given, f"the pass of {recipe.name} that crashed: {step.key}", repro)
         (repro / "traceback.txt").write_text("".join(traceback.format_exception(crash)), encoding="utf-8")
     if step.stop_after is not None:

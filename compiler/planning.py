@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llmc.compiler import calibration_file, data, versions
 from llmc.compiler.artifact import sha256
 from llmc.compiler.cache.keys import code_digest, key_of
 from llmc.compiler.cache.memory import NOTHING, Memory
+from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.calibration_file import Section, Statistics
 from llmc.compiler.data import Samples
 from llmc.compiler.errors import LlmcError
@@ -20,6 +22,9 @@ from llmc.compiler.recipe import Recipe
 from llmc.compiler.targets import Profile, Progress, Target, resolve
 from llmc.passes.base import Pass
 from llmc.passes.graph import shape_of
+
+_PATHS: Any = {"calibration": {"data", "statistics"}, "judge": {"data"}}
+"""Parameters of passes that say where data is, not what."""
 
 
 def quiet(_phase: str) -> None:
@@ -36,13 +41,15 @@ class Plan:
     target: Target
     verification: Samples
     calibration: dict[str, Samples]
-    """Key of each pass that needs activations → the samples it gets."""
+    """Key of each pass that needs activations → the samples it gets, in all."""
     tokenizer: Path | None
     warnings: list[str]
     statistics: dict[int, Statistics] = field(default_factory=dict)
     """Position of each pass whose recipe names earlier statistics → these."""
     processor: Path | None = None
     """The folder that says how images are prepared."""
+    judging: dict[str, Samples] = field(default_factory=dict)
+    """Key of each pass that judges what it does on data of its own → the samples of that."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, object]:
@@ -55,6 +62,7 @@ class Plan:
             "profiles": [{name: [r.min, r.opt, r.max] for name, r in p.items()} for p in self.profiles],
             "verification": {"inputs": self.verification.name, "samples": len(self.verification)},
             "calibration": {key: {"inputs": s.name, "samples": len(s)} for key, s in self.calibration.items()},
+            "judging": {key: {"inputs": s.name, "samples": len(s)} for key, s in self.judging.items()},
             "target": {"kind": self.target.kind, "versions": dict(self.target.versions)},
             "warnings": [*loaded.notes, *self.warnings],
         }
@@ -63,6 +71,38 @@ class Plan:
         """Those that a pass of the recipe takes its clipping points from."""
         known = (self.statistics.get(i) for i, other in enumerate(self.recipe.passes) if other is step)
         return next(known, None)
+
+    def samples_of(self, step: Pass) -> tuple[Samples, Samples | None]:
+        """Those that a pass calibrates on, and those that it judges what it does on, if it does.
+
+        Without data of their own these are what follows the former; where there are too few, each gets its share.
+        """
+        key, judge, calibration = step.key(), getattr(step, "judge", None), getattr(step, "calibration", None)
+        samples = self.calibration[key]
+        if judge is None or calibration is None or key in self.judging:
+            return samples, self.judging.get(key)
+        first = len(samples) * calibration.samples // (calibration.samples + judge.samples)
+        return samples.first(first), samples.after(first)
+
+    def activations(self, step: Pass, graph: str | None = None, memory: Memory = NOTHING) -> SampledActivations:
+        """What a pass that needs activations learns of its data.
+
+        `graph` is the digest of the loaded graph; without it nothing is remembered.
+        """
+        samples, judged = self.samples_of(step)
+        loud = samples.random and getattr(step, "calibration", None) is not None
+        known = self.statistics_of(step)
+        parts = [samples.digest, len(samples), samples.name, loud, graph, known]
+        parts += [] if judged is None else [judged.digest, len(judged)]
+        return SampledActivations(
+            samples,
+            samples.name,
+            random=loud,
+            digest=None if graph is None else key_of(*parts),
+            known=known,
+            memory=memory,
+            held_out=None if judged is None else SampledActivations(judged, judged.name),
+        )
 
     def section(self, position: int) -> Section:
         """Which statistics the pass at `position` of the recipe makes, or takes; without its tensors."""
@@ -76,9 +116,10 @@ class Plan:
         """Digest of the passes before `position` and of what they calibrate on: what tensors look like there."""
         before: list[object] = []
         for index, step in enumerate(self.recipe.passes[:position]):
-            parameters = step.model_dump(mode="json", exclude={"calibration": {"data", "statistics"}})
+            parameters = step.model_dump(mode="json", exclude=_PATHS)
             data = self.section(index).sha256 if hasattr(step, "calibration") else ""
-            before.append([step.key(), parameters, data])
+            judging = [self.judging[step.key()].digest] if step.key() in self.judging else []
+            before.append([step.key(), parameters, data, *judging])
         return key_of(before)
 
     def about(self) -> dict[str, object]:
@@ -90,6 +131,7 @@ class Plan:
             "recipe": {"name": self.recipe.name, "sha256": self.recipe.digest()},
             "verification": {"name": self.verification.name, "sha256": self.verification.digest},
             "calibration": {key: {"name": s.name, "sha256": s.digest} for key, s in self.calibration.items()},
+            "judging": {key: {"name": s.name, "sha256": s.digest} for key, s in self.judging.items()},
             "statistics": {
                 s.section.key: {"name": s.path.name, "sha256": sha256(s.path)} for s in self.statistics.values()
             },
@@ -98,7 +140,8 @@ class Plan:
 
     def versions(self) -> dict[str, str]:
         """Package → version: of all that have a say."""
-        packages = {name for samples in (self.verification, *self.calibration.values()) for name in samples.packages}
+        data = (self.verification, *self.calibration.values(), *self.judging.values())
+        packages = {name for samples in data for name in samples.packages}
         return versions.collect(self.loaded.kind, self.target.versions, packages)
 
     def longest(self) -> int | None:
@@ -161,6 +204,10 @@ def plan(
     for step in recipe.passes:
         if "activations" in step.needs:
             made.calibration[step.key()] = _calibration(made, step, memory)
+            judge = getattr(step, "judge", None)
+            if judge is not None and judge.data is not None:
+                made.judging[step.key()] = _samples(made, judge.data, judge.samples, (), memory)
+    made.warnings += _flattered(made)
     for position, step in enumerate(recipe.passes):
         path = getattr(getattr(step, "calibration", None), "statistics", None)
         if path is not None:
@@ -212,5 +259,26 @@ def _calibration(made: Plan, step: Pass, memory: Memory) -> Samples:
     wanted = getattr(step, "calibration", None)
     if wanted is None:
         return made.verification
+    judge = getattr(step, "judge", None)
+    held_out = judge.samples if judge is not None and judge.data is None else 0
     path = None if wanted.data is None else Path(wanted.data)
-    return _samples(made, path, wanted.samples, generated_sizes(made.profiles[0]), memory)
+    return _samples(made, path, wanted.samples + held_out, generated_sizes(made.profiles[0]), memory)
+
+
+def _flattered(made: Plan) -> Iterator[str]:
+    """Where a pass judges what it does on samples that it, or one before it, has calibrated on."""
+    steps = [step for step in made.recipe.passes if "activations" in step.needs and hasattr(step, "calibration")]
+    for index, step in enumerate(steps):
+        data, apart = made.calibration[step.key()], made.judging.get(step.key())
+        if not hasattr(step, "judge") or data.random:
+            continue
+        free = 0 if apart else len(made.samples_of(step)[0])
+        judged = apart or data
+        for other in steps[: index + 1]:
+            seen = made.samples_of(other)[0]
+            if seen.digest == judged.digest and len(seen) > free:
+                less = f", or let {other.key()} take {free} (calibration.samples)" if free else ""
+                yield (
+                    f"{step.key()} judges on samples of {judged.name} that {other.key()} calibrates on, which "
+                    f"flatters it: name others in judge.data{less}"
+                )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 from llmc.compiler import pipeline, versions
-from llmc.compiler.cache.keys import key_of
 from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.calibration_file import Section
@@ -62,15 +61,12 @@ class Run:
     def given(self, key: str = "") -> Given:
         """What evidence needs of the compile; `key` is that of a pass whose calibration data it needs."""
         made = self.plan
-        return Given(made.verification, made.calibration.get(key), made.tokenizer, made.processor)
+        calibration, judging = made.calibration.get(key), made.judging.get(key)
+        return Given(made.verification, calibration, made.tokenizer, made.processor, judging)
 
     def activations(self, step: Pass) -> SampledActivations:
         """What a pass that calibrates learns of its data."""
-        samples = self.plan.calibration[step.key()]
-        loud = samples.random and getattr(step, "calibration", None) is not None
-        known = self.plan.statistics_of(step)
-        digest = key_of(samples.digest, len(samples), samples.name, loud, self.loaded.end.digest, known)
-        return SampledActivations(samples, samples.name, random=loud, digest=digest, known=known, memory=self.memory)
+        return self.plan.activations(step, self.loaded.end.digest, self.memory)
 
     def calibrated(self, step: pipeline.Step) -> None:
         """Keep what a finished step asked of its calibration data."""

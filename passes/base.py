@@ -56,6 +56,9 @@ class TradeOff:
     cosine: float
     relative_l2: float
     """Of the graph's outputs, against those before the pass."""
+    cosine_bound: float
+    relative_l2_bound: float
+    """What their means over all data like the samples keep to, with 95 % confidence."""
     weight_bytes: int
     time: float
     """Of the products, estimated; 1 is all of them in float32."""
@@ -155,6 +158,10 @@ Measured = Mapping[str, Array]
 
 class Activations(Protocol):
     """What tensors of a graph look like on calibration data; implemented by the compiler."""
+
+    @property
+    def held_out(self) -> Activations | None:
+        """The same on samples that are none of these, for passes that judge what they do (`judge`)."""
 
     def amax(
         self, graph: Graph, tensors: Sequence[str], *, method: str, percentile: float, samples: int

@@ -50,7 +50,9 @@ def bisect(
     try:
         return _bisect(plan, output, budget, sensitivity, scan, force, progress)
     except PassCrash as crash:
-        given = Given(plan.verification, plan.calibration.get(crash.step.key), plan.tokenizer, plan.processor)
+        key = crash.step.key
+        data = plan.calibration.get(key), plan.tokenizer, plan.processor, plan.judging.get(key)
+        given = Given(plan.verification, *data)
         raise crash_error(output, plan.recipe, crash, given, None) from crash
 
 
@@ -180,8 +182,7 @@ class Investigation:
         return errors.index(max(errors))
 
     def _provide(self, step: Pass) -> SampledActivations:
-        samples = self.plan.calibration[step.key()]
-        return SampledActivations(samples, samples.name, known=self.plan.statistics_of(step))
+        return self.plan.activations(step)
 
     def _begin(self, index: int, step: Pass) -> None:
         self.progress(f"pass {index} of {len(self.plan.recipe.passes)}: {step.key()}")

@@ -148,6 +148,7 @@ def _recipe(part: Part, guilty: Guilty, recipe: Recipe) -> dict[str, object]:
     if isinstance(step, dict) and "calibration" in step[guilty.key]:
         section = step[guilty.key]["calibration"]
         section |= dict.fromkeys({"data", "statistics"} & section.keys())
+        step[guilty.key].get("judge", {}).update(data=None)
     sizes: dict[str, int] = {}
     for tensor in part.before.inputs:
         named = zip(shape_of(tensor) or (), part.inputs[tensor.name].shape, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -39,6 +40,12 @@ class Samples:
     def first(self, count: int) -> Samples:
         """The first `count` samples; all of them where there are no more."""
         return replace(self, count=min(count, self.count))
+
+    def after(self, count: int) -> Samples:
+        """What follows the first `count` samples."""
+        rest = max(self.count - count, 0)
+        digest = hashlib.sha256(f"{self.digest} after {count}".encode()).hexdigest()
+        return replace(self, count=rest, digest=digest, make=lambda: islice(self.make(), count, None))
 
     def __iter__(self) -> Iterator[Feeds]:
         return islice(self.make(), self.count)

@@ -90,6 +90,8 @@ class TradeOffLine(Part):
     left: list[str] = Field(description="Nodes that could have been, and are not.")
     cosine: Measured = Field(description="Of the graph's outputs, against those before the pass.")
     relative_l2: Measured
+    cosine_bound: Measured = Field(description="What its mean over all data like the samples keeps to, at 95 %.")
+    relative_l2_bound: Measured
     weight_bytes: int
     time: float = Field(description="Of the products, estimated; 1 is all of them in float32.")
     chosen: bool

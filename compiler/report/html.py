@@ -278,13 +278,16 @@ def _frontier(step: PassReport) -> Markup | None:
     for line in step.frontier:
         mark, layers, weights, time, *_ = text.trade_off(line)
         label = " · ".join(part for part in (f"{layers} layers", weights, f"time {time}", mark) if part)
-        errors = {"cosine": None if line.cosine is None else 1 - line.cosine, "relative_l2": line.relative_l2}
+        cosine = line.cosine_bound
+        errors = {"cosine": None if cosine is None else 1 - cosine, "relative_l2": line.relative_l2_bound}
         values = {MEASURES[metric]: value for metric, value in errors.items() if value is not None}
         rows.append(charts.Error(label, values))
     title = f"Assignments that {step.key} measured"
     keys = [(charts.series(index), measure) for index, measure in enumerate(measures)]
+    note = "Drawn is what the mean over all data like the samples keeps to, with 95 % confidence."
     return section(
         title,
+        element("p", note, class_="note"),
         charts.error_dots(rows, measures, {}, title),
         legend(*keys),
         table(text.TRADE_OFFS, map(text.trade_off, step.frontier)),

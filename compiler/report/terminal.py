@@ -182,8 +182,8 @@ def _facts(heading: str, rows: list[tuple[str, Text]]) -> RenderableType | None:
 def _frontier(step: PassReport) -> list[tuple[str, Text]]:
     rows = []
     for line in step.frontier:
-        mark, layers, weights, time, cosine, _ = text.trade_off(line)
-        content = f"{weights} of weights, time {time}, cosine {cosine}{f'  ← {mark}' if mark else ''}"
+        mark, layers, weights, time, cosine, bound, *_ = text.trade_off(line)
+        content = f"{weights} of weights, time {time}, cosine {cosine} (≥ {bound}){f'  ← {mark}' if mark else ''}"
         rows.append((f"{layers} layers", _plain(content, "bold" if mark else "")))
     return rows
 

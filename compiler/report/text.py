@@ -91,7 +91,7 @@ def decibels(numerics: OutputNumerics) -> str:
     return "equal" if numerics.max_abs == 0 else "–"
 
 
-TRADE_OFFS = ("", "#Layers", "#Weights", "#Time", "#Cosine", "#Relative L2")
+TRADE_OFFS = ("", "#Layers", "#Weights", "#Time", "#Cosine", "#at 95 %", "#Relative L2", "#at 95 %")
 """Columns of `trade_off`; time is that of the products, where all of them in float32 take 1."""
 
 
@@ -103,7 +103,9 @@ def trade_off(line: TradeOffLine) -> tuple[str, ...]:
         scaled(line.weight_bytes, "B"),
         f"{line.time:.2f}",
         similarity(line.cosine),
+        similarity(line.cosine_bound),
         difference(line.relative_l2),
+        difference(line.relative_l2_bound),
     )
 
 

@@ -7,17 +7,18 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+DATA = (
+    "Folder of .npz files or images; text, one sample a line; or a Python function that yields dicts of arrays, "
+    "'file.py:function' or 'module:function'"
+)
+
 
 class Calibration(BaseModel):
     """Which samples the activations come from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    data: Path | None = Field(
-        None,
-        description="Folder of .npz files or images; text, one sample a line; or a Python function that yields dicts "
-        "of arrays, 'file.py:function' or 'module:function'.",
-    )
+    data: Path | None = Field(None, description=f"{DATA}.")
     samples: int = Field(128, gt=0, description="Samples to use, from the first; all where there are fewer.")
 
 
@@ -44,3 +45,16 @@ class Clipping(Calibration):
     def scales_alone(self) -> bool:
         """Whether scales are known from earlier, and there is no data to learn anything else from."""
         return self.statistics is not None and self.data is None
+
+
+class Judging(BaseModel):
+    """Which samples a result is judged on; none of them calibrates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    data: Path | None = Field(
+        None,
+        description=f"{DATA}; null: what follows the calibration samples in their data, which both share in proportion "
+        "where it has too few.",
+    )
+    samples: int = Field(64, gt=0, description="Samples to judge on, from the first; all where there are fewer.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
 from math import prod
@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llmc.passes.base import Activations, Context, LlmcError, Need, PassResult, Safety, Skip, TradeOff
+from llmc.passes.base import Activations, Context, LlmcError, Measured, Need, PassResult, Safety, Skip, TradeOff
 from llmc.passes.graph import Array, Graph, Node, constant_bytes, constants, copy_graph
-from llmc.passes.precision.calibration import Clipping
+from llmc.passes.precision.calibration import Clipping, Judging
+from llmc.passes.precision.confidence import LEAST, Judged, judged
 from llmc.passes.precision.convert_fp16 import ConvertFp16
-from llmc.passes.precision.distance import Distance, distance
+from llmc.passes.precision.distance import distance
 from llmc.passes.precision.quantize_int8 import QuantizeInt8
 from llmc.passes.precision.quantize_products import Operator
 from llmc.passes.precision.selection import SelectivePass
@@ -28,7 +29,7 @@ PUT_BACK = 8
 
 
 class Budget(BaseModel):
-    """What must hold of the graph's outputs, compared with those before this pass."""
+    """What must hold of the graph's outputs, compared with those before this pass, with 95 % confidence."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -41,10 +42,10 @@ class Budget(BaseModel):
             raise ValueError("needs cosine or relative_l2")
         return self
 
-    def holds(self, found: Distance) -> bool:
+    def holds(self, found: Judged) -> bool:
         """Whether `found` is within the budget; NaN is not."""
-        return (self.cosine is None or found.cosine >= self.cosine) and (
-            self.relative_l2 is None or found.relative_l2 <= self.relative_l2
+        return (self.cosine is None or found.cosine_bound >= self.cosine) and (
+            self.relative_l2 is None or found.relative_l2_bound <= self.relative_l2
         )
 
 
@@ -55,12 +56,18 @@ class SearchPrecision(SelectivePass):
     then left out, those first that cost most error for what they save, as few as the budget allows: their number is
     found by bisection, with the whole graph measured each time, and some are tried once more at the end. What is not
     INT8 becomes FP16 where `search` has it (`convert-fp16` keeps in FP32 what FP16 cannot hold), else it stays FP32.
-    Measured on calibration samples that verification need not know; the same data gives the same answer. The report
-    shows accuracy against bytes and estimated time for every assignment that was measured.
+    The same data gives the same answer. The report shows accuracy against bytes and estimated time for every assignment
+    that was measured.
 
-    **Safety:** lossy, within the budget on the samples that it was measured on.
+    Samples that calibrate are quantized better than others, and few samples are a matter of luck. So the budget is
+    judged on samples that do not calibrate, and holds where the mean keeps to it with 95 % confidence, as the spread
+    between samples tells: it is a statement about all data like `judge.data`, and about no other. Where that names
+    nothing, it is what follows the calibration samples; passes before this one should not have calibrated on it.
 
-    Source: Wu et al., "Integer Quantization for Deep Learning Inference" (2020), section 5.2, partial quantization.
+    **Safety:** lossy, within the budget, on average over data like that it is judged on.
+
+    Source: Wu et al., "Integer Quantization for Deep Learning Inference" (2020), section 5.2, partial quantization;
+    Cochran, "Sampling Techniques" (1977), chapter 6, for the confidence.
     """
 
     after: ClassVar[tuple[str, ...]] = ("fold-constants",)
@@ -72,19 +79,21 @@ class SearchPrecision(SelectivePass):
     operators: list[Operator] = Field(["MatMul", "Gemm", "Conv"], description="Operators that may become INT8.")
     attention: bool = Field(False, description="Products of two activations (Q·Kᵀ and weights·V) may become INT8 too.")
     calibration: Clipping = Field(Clipping(), description="Where the scales of activations come from.")
-    samples: int = Field(32, ge=1, description="Calibration samples that accuracy is measured on.")
+    judge: Judging = Field(Judging(), description="Samples that the budget is judged on.")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises LlmcError where no assignment keeps within the budget."""
         if context.activations is None:
             raise LlmcError("search-precision needs calibration data: give some with --calibration DATA")
-        search = _Search(self, graph, _Remembered(context.activations))
+        search = _Search(self, graph, context.activations)
         chosen = search.best()
         if chosen is None:
             best = max(search.trade_offs, key=lambda point: point.cosine)
             raise LlmcError(
-                f"search-precision: with {' and '.join(self.search)} the outputs stay at a cosine of {best.cosine:.6g} "
-                f"and a relative L2 of {best.relative_l2:.3g} at best: loosen the budget, or add fp32 to search"
+                f"search-precision: with {' and '.join(self.search)} the outputs keep to a cosine of "
+                f"{best.cosine_bound:.6g} and a relative L2 of {best.relative_l2_bound:.3g} at best, with 95 % "
+                f"confidence from {search.count} samples: loosen the budget, give more samples to judge on, or add "
+                "fp32 to search"
             )
         result = search.apply(graph, chosen, context)
         result.frontier = search.frontier(chosen)
@@ -103,12 +112,22 @@ class _Layer:
 
 
 class _Search:
-    def __init__(self, settings: SearchPrecision, graph: Graph, activations: _Remembered) -> None:
-        self.settings, self.graph, self.activations = settings, graph, activations
+    def __init__(self, settings: SearchPrecision, graph: Graph, activations: Activations) -> None:
+        if activations.held_out is None:
+            raise LlmcError("search-precision needs samples that do not calibrate: give some with judge.data")
+        self.settings, self.graph = settings, graph
+        self.activations, self.remembered = activations, _Remembered(activations)
+        self.held_out = activations.held_out
         self.outputs = [tensor.name for tensor in graph.outputs]
-        self.truth = self._run(graph)
+        self.truth = list(self._run(graph))
+        self.count = len(self.truth)
+        if self.count < LEAST:
+            raise LlmcError(
+                f"search-precision judges on {self.count} samples, and {LEAST} are the fewest that tell how much they "
+                "vary: give more calibration data, or data of their own with judge.data"
+            )
         self.trade_offs: list[TradeOff] = []
-        self._measured: dict[frozenset[str], Distance] = {}
+        self._measured: dict[frozenset[str], Judged] = {}
         self.layers = self._layers() if "int8" in settings.search else []
         self.work = sum(layer.work for layer in self.layers) or 1
 
@@ -141,7 +160,7 @@ class _Search:
             if layer.name in left
         }
         if "fp16" in self.settings.search:
-            result = _joined(result, _converted(graph, context))
+            result = _joined(result, _converted(graph, Context(context.ledger, self.activations)))
         return result
 
     def frontier(self, chosen: frozenset[str]) -> list[TradeOff]:
@@ -155,12 +174,12 @@ class _Search:
 
     def _layers(self) -> list[_Layer]:
         """What may become INT8, by error over work: what costs most for what it saves comes first."""
-        names = list(self._quantize(copy_graph(self.graph), (), Context(activations=self.activations)).asked)
+        names = list(self._quantize(copy_graph(self.graph), (), Context()).asked)
         work = self._work(names)
         layers = []
         for name in names:
             alone = copy_graph(self.graph)
-            self._quantize(alone, [other for other in names if other != name], Context(activations=self.activations))
+            self._quantize(alone, [other for other in names if other != name], Context())
             error = 1.0 - distance(zip(self.truth, self._run(alone), strict=True)).cosine
             layers.append(_Layer(name, work[name], error))
         place = {name: number for number, name in enumerate(names)}
@@ -171,26 +190,25 @@ class _Search:
         nodes = {node.name: node for node in self.graph.nodes if node.name in names}
         tensors = list(dict.fromkeys(t for node in nodes.values() for t in (node.inputs[0].name, node.outputs[0].name)))
         wanted = [name for name in tensors if name in self.graph.tensors()]
-        _, values = next(iter(self.activations.stream(self.graph, wanted, 1)))
+        _, values = next(iter(self.held_out.stream(self.graph, wanted, 1)))
         return {name: _multiplications(node, values) for name, node in nodes.items()}
 
     def _holds(self, left: frozenset[str]) -> bool:
         if left not in self._measured:
             trial = copy_graph(self.graph)
-            self.apply(trial, left, Context(activations=self.activations))
-            found = distance(zip(self.truth, self._run(trial), strict=True))
+            self.apply(trial, left, Context())
+            found = judged([distance([pair]) for pair in zip(self.truth, self._run(trial), strict=True)])
             self._measured[left] = found
             self.trade_offs.append(self._trade_off(left, trial, found))
         return self.settings.budget.holds(self._measured[left])
 
-    def _trade_off(self, left: Collection[str], trial: Graph, found: Distance) -> TradeOff:
+    def _trade_off(self, left: Collection[str], trial: Graph, found: Judged) -> TradeOff:
         rest = TIME["fp16" if "fp16" in self.settings.search else "fp32"]
         time = sum(layer.work * (rest if layer.name in left else TIME["int8"]) for layer in self.layers) / self.work
         return TradeOff(
             layers=len(self.layers) - len(left),
             left=tuple(sorted(left)),
-            cosine=found.cosine,
-            relative_l2=found.relative_l2,
+            **vars(found),
             weight_bytes=sum(constant_bytes(constant) for constant in constants(trial)),
             time=time if self.layers else rest,
         )
@@ -206,12 +224,13 @@ class _Search:
             exclude=[*given.exclude, *map(escape, sorted(left))],
         )
         try:
-            return step.run(graph, context)
+            return step.run(graph, Context(context.ledger, self.remembered))
         except Skip:
             return PassResult()
 
-    def _run(self, graph: Graph) -> list[Mapping[str, Array]]:
-        return [values for _, values in self.activations.stream(graph, self.outputs, self.settings.samples)]
+    def _run(self, graph: Graph) -> Iterator[Mapping[str, Array]]:
+        for _, values in self.held_out.stream(graph, self.outputs, self.settings.judge.samples):
+            yield values
 
 
 def _multiplications(node: Node, values: Mapping[str, Array]) -> int:
@@ -243,14 +262,15 @@ def _joined(first: PassResult, second: PassResult) -> PassResult:
 
 
 class _Remembered:
-    """Activations that answer once for each tensor of the graph as it was given: every trial asks for the same."""
+    """Activations that answer once of the one graph that every trial begins with: all ask the same of it."""
 
     def __init__(self, activations: Activations) -> None:
         self._activations = activations
         self._amax: dict[tuple[str, str, float, int], float] = {}
+        self._made: dict[tuple[str, str, str, int | None], Measured] = {}
         self.absolute_maximum = activations.absolute_maximum
         self.stream = activations.stream
-        self.recall = activations.recall
+        self.held_out = activations.held_out
 
     def amax(
         self, graph: Graph, tensors: Sequence[str], *, method: str, percentile: float, samples: int
@@ -262,3 +282,19 @@ class _Remembered:
             found = self._activations.amax(graph, unknown, method=method, percentile=percentile, samples=samples)
             self._amax |= {keys[tensor]: value for tensor, value in found.items()}
         return {tensor: self._amax[key] for tensor, key in keys.items()}
+
+    def recall(
+        self,
+        graph: Graph,
+        kind: str,
+        wanted: Mapping[str, object],
+        samples: int | None,
+        make: Callable[[Sequence[str]], Mapping[str, Measured]],
+    ) -> Mapping[str, Measured]:
+        """As `passes.base.Activations`."""
+        keys = {name: (kind, name, repr(asked), samples) for name, asked in wanted.items()}
+        unknown = {name: wanted[name] for name, key in keys.items() if key not in self._made}
+        if unknown:
+            found = self._activations.recall(graph, kind, unknown, samples, make)
+            self._made |= {keys[name]: measured for name, measured in found.items()}
+        return {name: self._made[key] for name, key in keys.items()}

@@ -65,6 +65,8 @@ def make_report(name: str) -> Report:
                         left=[name] * left,
                         cosine=0.9985 + left / 1000,
                         relative_l2=0.05 / (1 + left),
+                        cosine_bound=0.998 + left / 1000,
+                        relative_l2_bound=0.06 / (1 + left),
                         weight_bytes=4000 + 1000 * left,
                         time=0.25 + left / 4,
                         chosen=left == 1,

@@ -31,7 +31,7 @@ def test_the_facts_are_said(report: Report) -> None:
     assert "– eliminate-dead: encoder.layer.0/MatMul_1" in lines
     assert "float16, asked int8 1 layer 1 MatMul" in lines
     assert "Assignments that fuse-gelu measured" in lines
-    assert "2 of 3 layers 5 kB of weights, time 0.50, cosine 0.999500 ← chosen" in lines
+    assert "2 of 3 layers 5 kB of weights, time 0.50, cosine 0.999500 (≥ 0.999000) ← chosen" in lines
     assert "Clipped most by fuse-gelu" in lines
     assert "0.12 % encoder.layer.0/MatMul_1 beyond 1.27, up to 1.9" in lines
     assert not any("2.54" in line for line in lines), "nothing says that it saturates"

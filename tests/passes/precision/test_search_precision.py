@@ -42,24 +42,31 @@ def _list(values: Array) -> str:
     return ", ".join(f"{value:.6f}" for value in values.reshape(-1))
 
 
-@pytest.fixture
-def samples() -> list[dict[str, Array]]:
-    rng = np.random.default_rng(1)
-    return [{"x0": rng.standard_normal((4, 16)).astype(np.float32)} for _ in range(SAMPLES)]
+def random_samples(seed: int, count: int = SAMPLES) -> list[dict[str, Array]]:
+    rng = np.random.default_rng(seed)
+    return [{"x0": rng.standard_normal((4, 16)).astype(np.float32)} for _ in range(count)]
+
+
+def activations(judged: list[dict[str, Array]] | None = None) -> SampledActivations:
+    """Of samples to calibrate on, with others to judge on."""
+    held_out = SampledActivations(random_samples(2) if judged is None else judged)
+    return SampledActivations(random_samples(1), held_out=held_out)
 
 
 @pytest.fixture
-def search(network: Graph, samples: list[dict[str, Array]]) -> Callable[..., tuple[Graph, PassResult, float]]:
+def search(network: Graph) -> Callable[..., tuple[Graph, PassResult, float]]:
     """Run the pass; gives the graph, what was done, and the cosine that this test measures itself."""
 
-    def search(stop_after: int | None = None, **settings: Any) -> tuple[Graph, PassResult, float]:
+    def search(
+        stop_after: int | None = None, judged: list[dict[str, Array]] | None = None, **settings: Any
+    ) -> tuple[Graph, PassResult, float]:
         graph = copy_graph(network)
         given = {"calibration": {"method": "minmax"}, **settings}
-        result = SearchPrecision.model_validate(given).run(
-            graph, Context(Ledger(stop_after), SampledActivations(samples))
-        )
+        context = Context(Ledger(stop_after), activations(judged))
+        result = SearchPrecision.model_validate(given).run(graph, context)
         before, after = Session(network), Session(graph)
-        return graph, result, distance((before.run(s), after.run(s)) for s in samples).cosine
+        measured = random_samples(2) if judged is None else judged
+        return graph, result, distance((before.run(s), after.run(s)) for s in measured).cosine
 
     return search
 
@@ -78,7 +85,7 @@ def test_only_the_layer_that_breaks_the_budget_is_left_out(search: Callable[...,
     assert result.asked == dict.fromkeys(int8_products(graph), "int8")
     (chosen,) = [point for point in result.frontier if point.chosen]
     assert (chosen.layers, chosen.left) == (5, ("product3",))
-    assert chosen.cosine == pytest.approx(cosine, abs=1e-12)
+    assert chosen.cosine == pytest.approx(cosine, abs=1e-12), "it is measured on samples that did not calibrate"
     everything = next(point for point in result.frontier if not point.left)
     assert everything.cosine < 0.999, "nothing need have been left out"
     assert everything.weight_bytes < chosen.weight_bytes
@@ -105,7 +112,7 @@ def test_what_is_left_out_becomes_fp16_where_that_is_searched(search: Callable[.
 
 
 def test_no_assignment_will_do(search: Callable[..., Any]) -> None:
-    with pytest.raises(LlmcError, match=r"with int8 and fp16 the outputs stay at a cosine of .* add fp32 to search"):
+    with pytest.raises(LlmcError, match=r"with int8 and fp16 the outputs keep to a cosine of .* add fp32 to search"):
         search(search=["int8", "fp16"], budget={"relative_l2": 1e-9})
 
 
@@ -132,3 +139,28 @@ def test_a_run_can_stop_inside_it(search: Callable[..., Any]) -> None:
 )
 def test_cosine_of_rows(expected: list[list[float]], found: list[list[float]], cosine: float) -> None:
     np.testing.assert_array_equal(row_cosines(np.array(expected), np.array(found)), [cosine])
+
+
+def test_the_budget_holds_with_confidence_not_on_average_alone(search: Callable[..., Any]) -> None:
+    """A budget between the mean and the bound of the assignment chosen for a looser one: it is not chosen any more."""
+    _, loose, _ = search(search=["int8", "fp32"], budget={"cosine": 0.999})
+    (before,) = [point for point in loose.frontier if point.chosen]
+    assert before.cosine_bound < before.cosine
+    between = (before.cosine + before.cosine_bound) / 2
+    _, tight, _ = search(search=["int8", "fp32"], budget={"cosine": between})
+    (after,) = [point for point in tight.frontier if point.chosen]
+    assert after.cosine_bound >= between
+    assert after.layers < before.layers
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        (None, r"needs samples that do not calibrate: give some with judge\.data"),
+        (SampledActivations(random_samples(2, count=7)), r"judges on 7 samples, and 8 are the fewest"),
+    ],
+)
+def test_too_few_samples_to_judge_on(network: Graph, held_out: SampledActivations | None, message: str) -> None:
+    given = SampledActivations(random_samples(1), held_out=held_out)
+    with pytest.raises(LlmcError, match=message):
+        SearchPrecision().run(network, Context(activations=given))
