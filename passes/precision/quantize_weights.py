@@ -55,8 +55,9 @@ class QuantizeWeights(SelectivePass):
     How values become levels (`method`): `rtn`, each to the nearest; `hqq`, to the nearest on scales fitted to the
     weight; `gptq`, one after another, each error made up for by the values that are left; `awq`, to the nearest,
     channels that meet large activations made larger first and their activations smaller, by dividing the constants of
-    the normalisation or product before, which is exact. gptq and awq look at activations on calibration data, as many
-    layers at a time as fit in `memory`; with `sequential` each layer sees what the rounded ones before it give.
+    the normalisation or product before, which is exact, and ranges clipped where that moves outputs least. gptq and
+    awq look at activations on calibration data, as many layers at a time as fit in `memory`; with `sequential` each
+    layer sees what the rounded ones before it give.
 
     **Safety:** lossy. rtn moves each value by at most half its scale: 1/14 of its block's largest for INT4.
 
@@ -214,8 +215,10 @@ class _Run:
             error = relative_error(matrix, rounded, None)
             return rounded, f"'{site.weight.name}' by {self.step.method}: moved by {error:.2%}"
         hessian = moments.hessian
-        grid = awq.clip(matrix, levels, hessian)
-        rounded = gptq(matrix, grid, hessian) if self.step.method == "gptq" else nearest(matrix, levels, grid)
+        if self.step.method == "gptq":
+            rounded = gptq(matrix, awq.clip(matrix, levels, hessian), hessian)
+        else:
+            rounded = nearest(matrix, levels, awq.clip_together(matrix, levels, hessian))
         error = relative_error(matrix, rounded, hessian)
         return rounded, f"'{site.weight.name}' by {self.step.method}: moves its output by {error:.2%}"
 

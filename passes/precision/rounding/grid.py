@@ -52,6 +52,14 @@ class Levels:
         """[rows, depth] → [rows, blocks, block], a view."""
         return matrix.reshape(len(matrix), -1, self.block)
 
+    def count(self, matrix: Array) -> int:
+        """Of the blocks of a row."""
+        return int(matrix.shape[1]) // self.block
+
+    def part(self, block: int) -> slice:
+        """The columns of a block."""
+        return slice(block * self.block, (block + 1) * self.block)
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -114,15 +122,15 @@ def positive(scale: Array) -> Array:
     return rounded_up(np.where(scale > 0, scale, 1), np.dtype(np.float32))
 
 
-def fit(matrix: Array, levels: Levels, error: Error | None = None) -> Grid:
-    """For each block the grid with the least error of those that span from all to half of its range.
+def fit(matrix: Array, levels: Levels, error: Error | None = None, shrinks: Array = SHRINKS) -> Grid:
+    """For each block the grid with the least error of those that span one of `shrinks` of its range.
 
     The error is the sum of squares, or what `error` makes of one block's.
     """
     best = cover(matrix, levels)
     least = np.full(best.scale.shape, np.inf, np.float32)
     blocks = levels.blocks(matrix)
-    for shrink in SHRINKS:
+    for shrink in shrinks:
         grid = cover(matrix, levels, shrink)
         moved = grid.values(grid.round(blocks)) - blocks
         if error is None:
