@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -122,7 +122,7 @@ class _Importer:
                 value.name = proto.output[0]
                 scope[proto.output[0]] = self.unique(self.constant(value))
                 return None
-        attributes: OrderedDict[str, Any] = OrderedDict()
+        attributes: dict[str, Any] = {}
         extra = []
         for attribute in proto.attribute:
             value = self.attribute(attribute, {**outer, **scope} if attribute.type == attribute.GRAPH else {})

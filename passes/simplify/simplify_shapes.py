@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import ClassVar
 
 import numpy as np
@@ -134,7 +133,7 @@ class _Simplifier:
         read = list(node.inputs)
         constant = Constant(self.fresh(f"{node.outputs[0].name}_shape"), np.array(target, dtype=np.int64))
         rewire([(node, 0, source), (node, 1, constant)])
-        node.op, node.attrs = op, OrderedDict()
+        node.op, node.attrs = op, {}
         for tensor in read:
             if tensor.inputs:
                 placement.remove_unused(tensor.inputs[0])

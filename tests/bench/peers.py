@@ -1,9 +1,9 @@
 """Every optimizer that is compared, each from file to file; run as a program, one of them in a process of its own.
 
-    python tests/bench/peers.py NAME SOURCE TARGET
+    python tests/bench/peers.py NAME SOURCE TARGET [RUNS]
 
-prints one line of JSON: CPU seconds that its imports and its work took, the process's peak memory, and nodes that it
-left. It stays on one CPU, whose time counts: the machine may be busy with other things.
+prints one line of JSON: CPU seconds that its imports and its work took (the mean of RUNS, by default one), the peak
+memory of the process, and nodes that it left. It stays on one CPU, whose time counts: the machine may be busy.
 """
 
 from __future__ import annotations
@@ -144,16 +144,17 @@ def count_nodes(path: Path) -> dict[str, int]:
     return dict(Counter(node.op_type for node in nodes if node.op_type != "Constant").most_common())
 
 
-def main(name: str, source: Path, target: Path) -> None:
+def main(name: str, source: Path, target: Path, runs: int = 1) -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     started = time.process_time()
     optimize = PEERS[name]()
     imported = time.process_time()
-    optimize(source, target)
-    done = time.process_time()
-    measured = {"imports_s": imported - started, "work_s": done - imported, "peak_bytes": peak_bytes()}
+    for _ in range(runs):
+        optimize(source, target)
+    work = (time.process_time() - imported) / runs
+    measured = {"imports_s": imported - started, "work_s": work, "peak_bytes": peak_bytes()}
     print(json.dumps(measured | {"operators": count_nodes(target)}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:]))
