@@ -1,11 +1,13 @@
 """Graphs as exporters that are not installed here write them, rebuilt node by node, optimized, counted and compared.
 
-Taken from tf2onnx 1.17 (transformers' TFBertModel) and optimum 1.24 (LlamaForCausalLM with past, GPT2LMHeadModel).
+Taken from tf2onnx 1.17 (transformers' TFBertModel) and optimum 1.24 (LlamaForCausalLM with past, GPT2LMHeadModel,
+T5ForConditionalGeneration's decoders without and with past, alone and merged to the branches of an If).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from llmc.compiler.recipe import Recipe
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Skip
 from llmc.passes.cache.scatter_kv_cache import ScatterKvCache
-from llmc.passes.graph import Array, Constant, Graph, copy_graph, infer_shapes, to_model
+from llmc.passes.graph import Array, Constant, Graph, copy_graph, infer_shapes, scopes, to_model
 
 TOLERANCE = 1e-5
 """Of the largest value, about 1: some dozens of dependent float32 roundings, 2^-24 each."""
@@ -93,22 +95,30 @@ PLACES = """
     e_k = Expand(cut_keys, whole) end = Constant<value_ints = [-1]>()
     u_b = Unsqueeze(e_b, end) u_o = Unsqueeze(e_o, end) u_s = Unsqueeze(e_s, end) u_k = Unsqueeze(e_k, end)
     places = Concat<axis = -1>(u_b, u_o, u_s, u_k)"""
-LLAMA_MASK = f"""
+CACHED = "shape_p = Shape(past_k) past = Gather(shape_p, two)"
+
+
+def legacy_mask(
+    past: str = CACHED, given: str = "", mask: str = "mask", upper: str = "Trilu<upper = 1>(full, step)"
+) -> str:
+    """transformers' causal mask, and what `mask` hides; `past` makes the number of tokens before, `given` the mask."""
+    return f"""
     zero = Constant<value = int64 {{0}}>() step = Constant<value = int64 {{1}}>() two = Constant<value = int64 {{2}}>()
     at0 = Constant<value_ints = [0]>() at1 = Constant<value_ints = [1]>() at3 = Constant<value_ints = [3]>()
-    shape_p = Shape(past_k) past = Gather(shape_p, two) shape_x = Shape(x) new = Gather(shape_x, step)
+    {past} shape_x = Shape(x) new = Gather(shape_x, step)
     batch = Gather(shape_x, zero) total = Add(past, new) order = Range(past, total, step)
-    shape_m = Shape(mask) width = Gather(shape_m, step) new1 = Unsqueeze(new, at0) width1 = Unsqueeze(width, at0)
+    batch1 = Unsqueeze(batch, at0) total1 = Unsqueeze(total, at0) {given}
+    shape_m = Shape({mask}) width = Gather(shape_m, step) new1 = Unsqueeze(new, at0) width1 = Unsqueeze(width, at0)
     square = Concat<axis = 0>(new1, width1) full = ConstantOfShape<value = float[1] {{-3.4028235e38}}>(square)
-    upper = Trilu<upper = 1>(full, step) keys = Range(zero, width, step) column = Constant<value_ints = [-1, 1]>()
+    upper = {upper} keys = Range(zero, width, step) column = Constant<value_ints = [-1, 1]>()
     rows = Reshape(order, column) later = Greater(keys, rows) laterf = Cast<to = 1>(later) causal2 = Mul(upper, laterf)
-    outer = Constant<value_ints = [0, 1]>() causal4 = Unsqueeze(causal2, outer) batch1 = Unsqueeze(batch, at0)
+    outer = Constant<value_ints = [0, 1]>() causal4 = Unsqueeze(causal2, outer)
     any = Constant<value_ints = [-1]>() wanted = Concat<axis = 0>(batch1, at1, any, any)
     minus = Constant<value_ints = [-1, -1, -1, -1]>() ones = Constant<value_ints = [1, 1, 1, 1]>()
     free = Equal(wanted, minus) target = Where(free, ones, wanted) causal = Expand(causal4, target)
-    cut = Slice(causal, at0, width1, at3, at1) inner = Constant<value_ints = [1, 2]>() mask4 = Unsqueeze(mask, inner)
+    cut = Slice(causal, at0, width1, at3, at1) inner = Constant<value_ints = [1, 2]>() mask4 = Unsqueeze({mask}, inner)
     maskf = Cast<to = 1>(mask4) seen = Add(cut, maskf) nothing = Equal(seen, zerof) filled = Where(nothing, low, cut)
-    {PLACES} bias = ScatterND(causal, places, filled) total1 = Unsqueeze(total, at0)
+    {PLACES} bias = ScatterND(causal, places, filled)
     allowed = Slice(bias, at0, total1, at3, at1)"""
 
 
@@ -126,7 +136,7 @@ def legacy_repeat(x: str, y: str) -> str:
 
 
 LLAMA = f"""
-    {LLAMA_MASK}
+    {legacy_mask()}
     at2 = Constant<value_ints = [2]>() at4 = Constant<value_ints = [4]>()
     far = Constant<value = int64[1] {{9223372036854775807}}>() placef = Cast<to = 1>(place)
     placeu = Unsqueeze(placef, at2) angle = Mul(placeu, inverse) angles = Concat<axis = -1>(angle, angle)
@@ -149,10 +159,128 @@ LLAMA_HEAD += "<float root = {{0.59460354}}, float zerof = {{0}}, float low = {{
 LLAMA_WEIGHTS = {"wq": (32, 32), "wk": (32, 16), "wv": (32, 16), "wo": (32, 32), "inverse": (4,)}
 LLAMA_COUNTS = {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 2, "Softmax": 0, "ScatterND": 0, "Transpose": 2}
 
+# T5's decoder through optimum: a position bias that the first layer makes and the others share, keys and values of the
+# encoder computed or given, and both decoders as the branches of an If
+
+T5_ONES = "ones_shape = Concat<axis = 0>(batch1, total1) "
+T5_ONES += "ones_mask = ConstantOfShape<value = float[1] {1}>(ones_shape)"
+T5_SIZES = """
+    at2 = Constant<value_ints = [2]>() four = Constant<value_ints = [4]>() eight = Constant<value_ints = [8]>()
+    wide = Constant<value_ints = [32]>() far = Constant<value = int64[1] {9223372036854775807}>()
+    end1 = Constant<value_ints = [-1]>()
+    eighth = Constant<value = int64 {8}>() eightf = Constant<value_float = 8.0>()
+    onef = Constant<value_float = 1.0>() twof = Constant<value_float = 2.0>() epsilon = Constant<value_float = 1e-6>()
+    logf = Constant<value_float = 2.7725887>()"""
+
+
+def t5_norm(x: str, y: str) -> str:
+    return f"""
+    {y}_p = Pow({x}, twof) {y}_m = ReduceMean<axes = [-1]>({y}_p) {y}_e = Add({y}_m, epsilon) {y}_r = Sqrt({y}_e)
+    {y}_i = Div(onef, {y}_r) {y}_n = Mul({x}, {y}_i) {y} = Mul(scale, {y}_n)"""
+
+
+def t5_heads(x: str, y: str, weight: str) -> str:
+    """[b, s, 32] → [b, 4, s, 8]."""
+    return f"""
+    {y}_x = MatMul({x}, {weight}) {y}_s = Shape({x}) {y}_b = Gather({y}_s, zero) {y}_u = Unsqueeze({y}_b, at0)
+    {y}_o = Concat<axis = 0>({y}_u, end1, four, eight) {y}_y = Reshape({y}_x, {y}_o)
+    {y} = Transpose<perm = [0, 2, 1, 3]>({y}_y)"""
+
+
+def t5_attention(x: str, y: str, keys: str, values: str, bias: str) -> str:
+    """Of x, normalised as {y}_h, whose queries are {y}_q."""
+    return f"""
+    {y}_t = Transpose<perm = [0, 1, 3, 2]>({keys}) {y}_c = MatMul({y}_q, {y}_t) {y}_m = Add({y}_c, {bias})
+    {y}_w = Softmax<axis = -1>({y}_m) {y}_r = MatMul({y}_w, {values}) {y}_k = Transpose<perm = [0, 2, 1, 3]>({y}_r)
+    {y}_s = Shape({y}_h) {y}_b = Gather({y}_s, zero) {y}_u = Unsqueeze({y}_b, at0)
+    {y}_f = Concat<axis = 0>({y}_u, end1, wide) {y}_j = Reshape({y}_k, {y}_f) {y}_o = MatMul({y}_j, wo)
+    {y} = Add({x}, {y}_o)"""
+
+
+def t5_bias(keys: str) -> str:
+    """Of the distance to each key, one of 16 buckets; and of what comes later."""
+    return f"""
+    context = Unsqueeze(order, at1) length_s = Shape({keys}) length = Gather(length_s, two)
+    memo = Range(zero, length, step) memory0 = Unsqueeze(memo, at0) relative = Sub(memory0, context)
+    like = Shape(relative) nought = ConstantOfShape<value = int64[1] {{0}}>(like) least = Min(relative, nought)
+    distance = Neg(least) small = Less(distance, eighth) distancef = Cast<to = 1>(distance)
+    ratio = Div(distancef, eightf) logs = Log(ratio) share = Div(logs, logf) more = Mul(share, eightf)
+    steps = Cast<to = 7>(more) large = Add(steps, eighth) like2 = Shape(large)
+    most = ConstantOfShape<value = int64[1] {{15}}>(like2) capped = Min(large, most)
+    bucket = Where(small, distance, capped) picked = Gather(table, bucket) turned = Transpose<perm = [2, 0, 1]>(picked)
+    position = Unsqueeze(turned, at0) new_n = Neg(new) new_u = Unsqueeze(new_n, at0)
+    last = Slice(position, new_u, far, at2, at1) length1 = Unsqueeze(length, at0)
+    masks = Slice(allowed, at0, length1, at3, at1) bias_self = Add(last, masks)"""
+
+
+def t5_cross_bias(keys: str) -> str:
+    return f"""
+    source_s = Shape({keys}) source_n = Gather(source_s, two) source1 = Unsqueeze(source_n, at0)
+    grid = Concat<axis = 0>(at1, four, new1, source1) none = ConstantOfShape<value = float[1] {{0}}>(grid)
+    inner2 = Constant<value_ints = [1, 2]>() seen4 = Unsqueeze(mask, inner2) seenf = Cast<to = 1>(seen4)
+    hidden4 = Sub(onef, seenf) hiddenf = Mul(hidden4, low) bias_cross = Add(none, hiddenf)"""
+
+
+def t5_layer(number: int, x: str, y: str, past: bool) -> str:
+    n, c = f"s{number}", f"c{number}"
+    own = t5_heads(f"{n}_h", f"{n}_nk", "wk") + t5_heads(f"{n}_h", f"{n}_nv", "wv")
+    if past:
+        own += f" keys{number} = Concat<axis = -2>(past_k{number}, {n}_nk)"
+        own += f" values{number} = Concat<axis = -2>(past_v{number}, {n}_nv)"
+        other, read = "", (f"cross_k{number}", f"cross_v{number}")
+        other = f" cross_keys{number} = Constant<value = float[0,4,1,8] {{}}>()"
+        other += f" cross_values{number} = Constant<value = float[0,4,1,8] {{}}>()"
+    else:
+        own = own.replace(f"{n}_nk =", f"keys{number} =").replace(f"{n}_nv =", f"values{number} =")
+        read = (f"cross_keys{number}", f"cross_values{number}")
+        other = t5_heads("memory", read[0], "uk") + t5_heads("memory", read[1], "uv")
+    first = number == 0
+    return f"""
+    {t5_norm(x, f"{n}_h")} {t5_heads(f"{n}_h", f"{n}_q", "wq")} {own}
+    {t5_bias("keys0") if first else ""} {t5_attention(x, n, f"keys{number}", f"values{number}", "bias_self")}
+    {t5_norm(n, f"{c}_h")} {t5_heads(f"{c}_h", f"{c}_q", "uq")} {other}
+    {t5_cross_bias(read[0]) if first else ""} {t5_attention(n, c, *read, "bias_cross")}
+    {y} = Identity({c})"""
+
+
+def t5_decoder(past: bool) -> str:
+    if past:  # traced with one token, of which no triangle is made
+        mask = legacy_mask(CACHED.replace("past_k", "past_k0"), T5_ONES, "ones_mask", "Identity(full)")
+    else:
+        mask = legacy_mask("past = Constant<value = int64 {0}>()", T5_ONES, "ones_mask")
+    return mask + T5_SIZES + t5_layer(0, "x", "x1", past) + t5_layer(1, "x1", "x2", past) + t5_norm("x2", "y")
+
+
+T5_PAST = ", ".join(
+    f"float[batch,4,{size},8] {name}{number}"
+    for number in (0, 1)
+    for name, size in (("past_k", "past"), ("past_v", "past"), ("cross_k", "source"), ("cross_v", "source"))
+)
+T5_PRESENT = ", ".join(
+    f"float[b,4,{size},8] {name}{number}"
+    for number in (0, 1)
+    for name, size in (("keys", "t"), ("values", "t"), ("cross_keys", "u"), ("cross_values", "u"))
+)
+T5_OUTPUTS = f"float[b,s,32] y, {T5_PRESENT}"
+T5_TENSORS = "<float zerof = {{0}}, float low = {{-3.4028235e38}}>"
+T5_HEAD = "(float[batch,sequence,32] x, float[batch,source,32] memory, int64[batch,source] mask{weights}) => "
+T5_HEAD += f"({T5_OUTPUTS}) {T5_TENSORS} {{{{ {{body}} }}}}"
+T5_PAST_HEAD = T5_HEAD.replace("{weights}", f", {T5_PAST}{{weights}}")
+T5_MERGED_HEAD = T5_PAST_HEAD.replace("{weights}", ", bool[1] use_cache_branch{weights}")
+T5_MERGED = f"""
+    y, {", ".join(part.split()[-1] for part in T5_PRESENT.split(", "))} = If (use_cache_branch) <
+        then_branch = with_past () => ({T5_OUTPUTS}) {{ {t5_decoder(True)} }},
+        else_branch = no_past () => ({T5_OUTPUTS}) {{ {t5_decoder(False)} }}>"""
+T5_WEIGHTS = dict.fromkeys(("wq", "wk", "wv", "wo", "uq", "uk", "uv"), (32, 32)) | {"table": (16, 4), "scale": (32,)}
+T5_COUNTS = {"Attention": 4, "RMSNormalization": 5, "Softmax": 0, "ScatterND": 0}
+
 SPELLINGS: dict[str, tuple[int, str, str, dict[str, tuple[int, ...]], dict[str, int]]] = {
     "keras-bert-18": (18, KERAS, keras_layer(18), KERAS_WEIGHTS, KERAS_COUNTS),
     "keras-bert-13": (13, KERAS, keras_layer(13), KERAS_WEIGHTS, KERAS_COUNTS),
     "optimum-llama": (14, LLAMA_HEAD, LLAMA, LLAMA_WEIGHTS, LLAMA_COUNTS),
+    "optimum-t5": (14, T5_HEAD, t5_decoder(False), T5_WEIGHTS, T5_COUNTS),
+    "optimum-t5-past": (14, T5_PAST_HEAD, t5_decoder(True), T5_WEIGHTS, T5_COUNTS),
+    "optimum-t5-merged": (14, T5_MERGED_HEAD, T5_MERGED, T5_WEIGHTS, {op: 2 * n for op, n in T5_COUNTS.items()}),
 }
 
 
@@ -169,11 +297,10 @@ def build(parse: Any, opset: int, head: str, body: str, weights: dict[str, tuple
     return graph
 
 
-def feeds(graph: Graph, batch: int, new: int, past: int) -> dict[str, Array]:
-    """Random, with a first token that is padding in each row but the first."""
+def feeds(graph: Graph, batch: int, new: int, past: int, branch: bool = True) -> dict[str, Array]:
+    """Random, with a first token that is padding in each row but the first; a condition is `branch`."""
     rng = np.random.default_rng(past)
-    cached = any("past" in tensor.shape for tensor in graph.inputs)
-    sizes = {"batch": batch, "sequence": new, "past": past, "longer": past + new}
+    sizes = {"batch": batch, "sequence": new, "past": past, "longer": past + new, "source": 6}
     given: dict[str, Array] = {}
     for tensor in graph.inputs:
         shape = [size if isinstance(size, int) else sizes[size] for size in tensor.shape]
@@ -182,9 +309,10 @@ def feeds(graph: Graph, batch: int, new: int, past: int) -> dict[str, Array]:
             given["mask"][1:, :1] = shape[1] == 1
         elif tensor.name == "place":
             given["place"] = np.broadcast_to(np.arange(past, past + new), shape).astype(np.int64)
+        elif tensor.dtype == np.bool_:
+            given[tensor.name] = np.full(shape, branch)
         else:
             given[tensor.name] = rng.standard_normal(shape).astype(np.float32)
-    assert cached == ("place" in given)
     return given
 
 
@@ -196,15 +324,20 @@ def optimize(graph: Graph) -> None:
             continue
 
 
+def given_names(graph: Graph) -> list[str]:
+    return [tensor.name for tensor in graph.inputs]
+
+
 def compare(before: Graph, after: Graph) -> None:
     onnx.checker.check_model(to_model(after), full_check=True)
     one, other = Session(before), Session(after)
-    for sizes in SIZES:
-        given = feeds(before, *sizes)
+    for sizes, branch in product(SIZES, (True, False) if "use_cache_branch" in given_names(before) else (True,)):
+        given = feeds(before, *sizes, branch)
         found = other.run(given)
         for name, value in one.run(given).items():
-            scale = max(float(np.abs(value).max()), 1.0)
-            np.testing.assert_allclose(found[name], value, rtol=0, atol=TOLERANCE * scale, err_msg=f"{name} {sizes}")
+            scale = max(float(np.abs(value).max(initial=0)), 1.0)
+            where = f"{name} {sizes} {branch}"
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=TOLERANCE * scale, err_msg=where)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -213,7 +346,7 @@ def test_spelling(name: str, parse: Any) -> None:
     graph = build(parse, opset, head, body, weights)
     optimized = copy_graph(graph)
     optimize(optimized)
-    found = Counter(node.op for node in optimized.nodes)
+    found = Counter(node.op for scope in scopes(optimized) for node in scope.nodes)
     assert {op: found[op] for op in counts} == counts
     compare(graph, optimized)
 

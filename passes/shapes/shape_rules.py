@@ -148,6 +148,8 @@ def _slice(dims: Dimensions, node: Node) -> list[Shape | None] | None:
 def _sliced(dims: Dimensions, size: Dimension, start: Dimension | None, end: Dimension | None) -> Dimension | None:
     """The length of `[start:end]` of an axis with this size."""
     first = start.number if start is not None else None
+    if start is not None and (start + size).number == 0:  # from as many before the end as there are
+        first = 0
     last = end.number if end is not None else None
     if size.number is not None and first is not None and last is not None:
         return Dimension.of(len(range(size.number)[first:last]))
@@ -158,6 +160,13 @@ def _sliced(dims: Dimensions, size: Dimension, start: Dimension | None, end: Dim
     if first == 0 and end is not None and end.positive and last is None and size.number is not None:
         return dims.clipped(end, size.number)
     return None
+
+
+def takes_all(dims: Dimensions, node: Node) -> bool:
+    """Whether a Slice with inputs must give back what it gets: no axis gets shorter, and none is turned around."""
+    shape = dims.of(node.inputs[0])
+    steps = slice_inputs(dims, node, len(shape))[3] if shape and len(node.inputs) > 2 else None
+    return steps is not None and set(steps) <= {1} and _slice(dims, node) == [shape]
 
 
 def slice_inputs(
@@ -385,6 +394,12 @@ def _size_values(dims: Dimensions, node: Node) -> Values | None:
     return None if shape is None else (product(shape),)
 
 
+def _negated_values(dims: Dimensions, node: Node) -> Values | None:
+    values = dims.values(node.inputs[0])
+    negated = (size * Dimension.of(-1) if isinstance(size, Dimension) else None for size in values or ())
+    return None if values is None else tuple(negated)
+
+
 VALUE_RULES: dict[str, Callable[[Dimensions, Node], Values | None]] = {
     **dict.fromkeys(("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"), _same_values),
     "Add": _pairwise(Dimension.__add__),
@@ -394,6 +409,7 @@ VALUE_RULES: dict[str, Callable[[Dimensions, Node], Values | None]] = {
     "Equal": _pairwise(_equal),
     "Gather": _gather_values,
     "Mul": _pairwise(Dimension.__mul__),
+    "Neg": _negated_values,
     "Shape": _value_of_shape,
     "Size": _size_values,
     "Slice": _slice_values,

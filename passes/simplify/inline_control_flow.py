@@ -29,6 +29,7 @@ from llmc.passes.simplify.local_rules import StaysError
 from llmc.passes.simplify.substitute import may_rename, substitute
 
 NEVER, ONCE = "runs never", "runs once"
+SCAN_STAYS = "a Scan is not unrolled: it would be a copy of its body for each element, and hold for one length alone"
 
 
 class InlineControlFlow(Pass):
@@ -40,7 +41,9 @@ class InlineControlFlow(Pass):
     on the initial values; a tensor [d, ...] that the iterations would stack is Unsqueeze(tensor, 0) [1, d, ...]. The
     other branch is dropped. Nodes get fresh names where another scope has theirs. Again inside what was inlined.
 
-    Left alone: Loop that runs more often, or stacks the results of no iteration (their shape is not known); Scan.
+    Left alone: Loop that runs more often, or stacks the results of no iteration (their shape is not known). So is Scan:
+    it runs once for each element of an axis; unrolled it would be that many copies of its body, in a graph that holds
+    for one length alone. TensorRT makes a loop of it as it stands (seen with TensorRT-RTX 1.7, its length symbolic).
 
     **Safety:** exact.
 
@@ -90,7 +93,11 @@ class _Inliner:
 
     def inlined(self, node: Node, made: set[int]) -> list[Node] | None:
         """The nodes to put in a node's place; None for one that stays."""
-        if node.op not in ("If", "Loop") or node.domain not in (None, "", "ai.onnx"):
+        if node.domain not in (None, "", "ai.onnx"):
+            return None
+        if node.op == "Scan":
+            self.result.near_misses.append(NearMiss("inline", node.name, SCAN_STAYS, module_of(node)))
+        if node.op not in ("If", "Loop"):
             return None
         try:
             detail = _branch(node) if node.op == "If" else self.iterations(node)

@@ -21,6 +21,7 @@ from llmc.passes.graph import (
 from llmc.passes.placement import Placement
 from llmc.passes.shapes.dimension import ONE, Dimension, Shape
 from llmc.passes.shapes.dimensions import Dimensions
+from llmc.passes.shapes.shape_rules import takes_all
 from llmc.passes.simplify.index_grids import taken_whole
 
 VIEWS = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
@@ -32,9 +33,10 @@ class SimplifyShapes(Pass):
 
     Symbolic dimensions are followed through Shape, Gather, Concat and arithmetic as polynomials: of x [b, s, 384],
     `Reshape(x, Concat(Gather(Shape(x), 0), Gather(Shape(x), 1), -1, 32))` → `Reshape(x, [0, 0, 12, 32])`. Reshape and
-    Expand to the shape that is there go. Gather and GatherND of everything in its order, by an index grid made of
-    Ranges, become Reshape; ScatterND of everything becomes what it writes. Small integer tensors that turn out to be
-    known become constants, and equal ones are computed once. What only the removed nodes read is removed with them.
+    Expand to the shape that is there go, and Slice of everything. Gather and GatherND of everything in its order, by an
+    index grid made of Ranges, become Reshape; ScatterND of everything becomes what it writes. Small integer tensors
+    that turn out to be known become constants, and equal ones are computed once. What only the removed nodes read is
+    removed with them.
 
     **Safety:** exact, for inputs whose shapes agree with the names of their dimensions.
 
@@ -115,7 +117,7 @@ class _Simplifier:
 
     def _sources(self, node: Node) -> list[Tensor]:
         """Tensors that have all the node's elements in their order, farthest first."""
-        if node.op == "Expand":
+        if node.op == "Expand" or (node.op == "Slice" and takes_all(self.dims, node)):
             return [node.inputs[0]]
         if node.op in ("Gather", "GatherND", "ScatterND"):
             whole = taken_whole(self.dims, node)

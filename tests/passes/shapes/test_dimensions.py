@@ -53,6 +53,16 @@ SHAPES = {
         "y = Slice(x, o, m, a)",
         "[B, ?, 12]",
     ),
+    "as many from the end as there are": (
+        "n = Shape<start=1, end=2>(x) m = Neg(n) a = Constant<value_ints = [1]>() "
+        "e = Constant<value = int64[1] {9223372036854775807}>() y = Slice(x, m, e, a)",
+        "[B, S, 12]",
+    ),
+    "as many from the end as another has": (
+        "n = Shape<start=1, end=2>(w) m = Neg(n) a = Constant<value_ints = [1]>() "
+        "e = Constant<value = int64[1] {9223372036854775807}>() y = Slice(x, m, e, a)",
+        "[B, ?, 12]",
+    ),
     "sizes that may broadcast": ("y = Add(x, v)", "[B, ?, 12]"),
     "one broadcasts": ("k = Constant<value_ints = [1]>() s = ReduceMean<keepdims=1>(x, k) y = Sub(x, s)", "[B, S, 12]"),
     "repeated as often as the batch": (

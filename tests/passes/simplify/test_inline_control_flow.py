@@ -107,6 +107,11 @@ LEAVES_ALONE = {
         f'{{ y = Loop(m, "", x) <{LOOP.format(more="")} {{ d = Identity(c) t = Abs(s) }}> }}',
         "",
     ),
+    "a Scan": (
+        "(float[2] x, float[N,2] u) => (float[2] y, float[N,2] z) { y, z = Scan <num_scan_inputs = 1, body = b "
+        "(float[2] s, float[2] r) => (float[2] t, float[2] o) { t = Add(s, r) o = Neg(t) }> (x, u) }",
+        "a Scan is not unrolled: it would be a copy of its body for each element, and hold for one length alone",
+    ),
     "the results of no iteration": (
         "(float[2] x) => (float[2] y, float[N,2] z) <int64 m = {0}> {"
         f' y, z = Loop(m, "", x) <{LOOP.format(more=", float[2] u")} {{ d = Identity(c) t = Neg(s) u = Abs(s) }}> }}',

@@ -70,6 +70,16 @@ FIRES = {
         {"Relu": 1},
         None,
     ),
+    "Slice of everything": (
+        model(SIZES[SIZES.index("s =") :] + "z = Slice(x, batch_axis, s, row_axis) y = Relu(z)", "float[B,S,12] y"),
+        {"Relu": 1},
+        None,
+    ),
+    "Slice of as many from the end as there are": (
+        model(SIZES[SIZES.index("s =") :] + "n = Neg(s) z = Slice(x, n, s, row_axis) y = Relu(z)", "float[B,S,12] y"),
+        {"Relu": 1},
+        None,
+    ),
     "Expand by numbers": (
         model(
             SIZES + "k = Constant<value_ints = [12]>() t = Concat<axis=0>(four, b, s, k) u = Unsqueeze(x, batch_axis) "
@@ -153,13 +163,23 @@ LEAVES_ALONE = {
         "two = Constant<value = int64 {2}>() i = Range(none, two, one) y = Gather<axis=1>(m, i)",
         "float[B,2] y",
     ),
+    "Slice backwards": model(
+        "e = Constant<value = int64[1] {-9223372036854775808}>() y = Slice(x, last, e, row_axis, last)",
+        "float[B,S,12] y",
+    ),
+    "Slice of as many as another axis has": model(
+        "b = Shape<start=0, end=1>(x) y = Slice(x, batch_axis, b, row_axis)", "float[B,T,12] y"
+    ),
+    "Slice of which a name says that it is everything": model(
+        "e = Constant<value_ints = [2]>() z = Slice(x, batch_axis, e, row_axis) y = Relu(z)", "float[B,S,12] y"
+    ),
     "the shape that is there, of an output": model(
         "t = Constant<value_ints = [0,0,12]>() y = Reshape(x, t)", "float[B,S,12] y"
     ),
 }
 
 
-SHAPED = ("Reshape", "Expand", "Gather", "GatherND", "ScatterND")
+SHAPED = ("Reshape", "Expand", "Gather", "GatherND", "ScatterND", "Slice")
 
 
 @pytest.mark.parametrize("name", LEAVES_ALONE)
