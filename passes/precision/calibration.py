@@ -57,4 +57,4 @@ class Judging(BaseModel):
         description=f"{DATA}; null: what follows the calibration samples in their data, which both share in proportion "
         "where it has too few.",
     )
-    samples: int = Field(64, gt=0, description="Samples to judge on, from the first; all where there are fewer.")
+    samples: int = Field(128, gt=0, description="Samples to judge on, from the first; all where there are fewer.")

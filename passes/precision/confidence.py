@@ -30,29 +30,41 @@ def judged(samples: Sequence[Distance]) -> Judged:
     """One distance a sample, `LEAST` or more.
 
     The rows of one sample (the tokens of one text) are alike, so that only samples count as drawn by themselves: what
-    is bounded is a ratio of sums over samples.
+    is bounded is a ratio of sums over samples. A few samples lose far more than the others, and may be missing from
+    those drawn: Student's interval, which takes errors to lie evenly around their mean, is corrected for that.
 
-    Source: Cochran, "Sampling Techniques" (1977), chapter 6.
+    Source: Cochran, "Sampling Techniques" (1977), chapter 6, for ratios; Hall, "On the Removal of Skewness by
+    Transformation" (1992).
     """
-    rows, signal = [sample.rows for sample in samples], [sample.signal for sample in samples]
-    cosine, cosine_error = _ratio([sample.cosines for sample in samples], rows)
-    square, square_error = _ratio([sample.difference for sample in samples], signal)
-    away = _student(len(samples) - 1)
-    if not sum(rows):
-        cosine, cosine_error = 1.0, 0.0
-    if not sum(signal):
-        square, square_error = (math.inf if any(sample.difference for sample in samples) else 0.0), 0.0
-    return Judged(cosine, cosine - away * cosine_error, math.sqrt(square), math.sqrt(square + away * square_error))
+    off = _bounded([s.rows - s.cosines for s in samples], [s.rows for s in samples])
+    square = _bounded([s.difference for s in samples], [s.signal for s in samples])
+    return Judged(1 - off[0], 1 - off[1], math.sqrt(square[0]), math.sqrt(square[1]))
 
 
-def _ratio(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """Σ parts / Σ wholes, and its standard error; NaN where there is nothing to divide by."""
+def _bounded(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
+    """Σ parts / Σ wholes, and what it is at most over all data like this; the parts are 0 or more."""
     part, whole = np.asarray(parts, np.float64), np.asarray(wholes, np.float64)
     if not whole.sum():
-        return math.nan, math.nan
-    ratio = part.sum() / whole.sum()
-    off = part - ratio * whole
-    return float(ratio), float(np.sqrt(len(part) / (len(part) - 1) * (off**2).sum()) / whole.sum())
+        ratio = math.inf if part.any() else 0.0
+        return ratio, ratio
+    ratio = float(part.sum() / whole.sum())
+    off = (part - ratio * whole) / whole.mean()
+    spread = float(off.std())
+    if not spread > 0:  # no difference between samples, or NaN
+        return ratio, ratio + spread
+    count = len(part)
+    skewness = float(np.mean((off / spread) ** 3))
+    error = spread / math.sqrt(count - 1)
+    return ratio, ratio + error * _away(count, skewness)
+
+
+def _away(count: int, skewness: float) -> float:
+    """How many standard errors above the mean of `count` values the bound lies."""
+    quantile = _student(count - 1)
+    bend = skewness / math.sqrt(count)
+    if abs(bend) < 1e-6:  # the limit of what follows
+        return quantile
+    return float(3 / bend * (1 - np.cbrt(1 - bend * (quantile + bend / 6))))
 
 
 def _student(degrees: int) -> float:

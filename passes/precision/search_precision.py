@@ -24,6 +24,8 @@ Precision = Literal["int8", "fp16", "fp32"]
 TIME = {"int8": 0.25, "fp16": 0.5, "fp32": 1.0}
 """What a product takes in each precision, relative to float32: tensor cores double their rate with each halving of the
 width (NVIDIA, "Ampere GA102 GPU Architecture", 2020)."""
+RANKED = 32
+"""Samples by which layers are put in order, at most: what is chosen is judged on all."""
 PUT_BACK = 8
 """Layers that are tried in INT8 once more, one after the other, after the search has left them out."""
 
@@ -67,7 +69,8 @@ class SearchPrecision(SelectivePass):
     **Safety:** lossy, within the budget, on average over data like that it is judged on.
 
     Source: Wu et al., "Integer Quantization for Deep Learning Inference" (2020), section 5.2, partial quantization;
-    Cochran, "Sampling Techniques" (1977), chapter 6, for the confidence.
+    Cochran, "Sampling Techniques" (1977), chapter 6, and Hall, "On the Removal of Skewness by Transformation" (1992),
+    for the confidence.
     """
 
     after: ClassVar[tuple[str, ...]] = ("fold-constants",)
@@ -180,7 +183,7 @@ class _Search:
         for name in names:
             alone = copy_graph(self.graph)
             self._quantize(alone, [other for other in names if other != name], Context())
-            error = 1.0 - distance(zip(self.truth, self._run(alone), strict=True)).cosine
+            error = 1.0 - distance(zip(self.truth[:RANKED], self._run(alone, RANKED), strict=True)).cosine
             layers.append(_Layer(name, work[name], error))
         place = {name: number for number, name in enumerate(names)}
         return sorted(layers, key=lambda layer: (-layer.error / layer.work, place[layer.name]))
@@ -228,8 +231,9 @@ class _Search:
         except Skip:
             return PassResult()
 
-    def _run(self, graph: Graph) -> Iterator[Mapping[str, Array]]:
-        for _, values in self.held_out.stream(graph, self.outputs, self.settings.judge.samples):
+    def _run(self, graph: Graph, samples: int | None = None) -> Iterator[Mapping[str, Array]]:
+        count = min(self.settings.judge.samples, samples or self.settings.judge.samples)
+        for _, values in self.held_out.stream(graph, self.outputs, count):
             yield values
 
 

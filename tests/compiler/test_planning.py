@@ -71,13 +71,13 @@ def test_a_pass_that_judges_nothing_has_all_samples(tmp_path: Path) -> None:
         (
             f"[smooth-quant: {{calibration: {{data: data}}}}, {KEY}: {{calibration: {{data: data}}}}]",
             f"{KEY} judges on samples of data that smooth-quant calibrates on, which flatters it: name others in "
-            "judge.data, or let smooth-quant take 8 (calibration.samples)",
+            "judge.data, or let smooth-quant take 6 (calibration.samples)",
         ),
         (
             f"[{KEY}: {{calibration: {{data: data}}, judge: {{data: data}}}}]",
             f"{KEY} judges on samples of data that {KEY} calibrates on, which flatters it: name others in judge.data",
         ),
-        (f"[smooth-quant: {{calibration: {{data: data, samples: 8}}}}, {KEY}: {{calibration: {{data: data}}}}]", ""),
+        (f"[smooth-quant: {{calibration: {{data: data, samples: 6}}}}, {KEY}: {{calibration: {{data: data}}}}]", ""),
         (f"[smooth-quant: {{calibration: {{data: others}}}}, {KEY}: {{calibration: {{data: data}}}}]", ""),
         (f"[{KEY}: {{calibration: {{data: data}}}}, smooth-quant: {{calibration: {{data: data}}}}]", ""),
         (f"[{KEY}]", ""),
