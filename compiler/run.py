@@ -155,6 +155,7 @@ def pass_report(step: pipeline.Step, recipe: Recipe, verdict: Verdict) -> PassRe
         regions_compared=len(verdict.regions),
         regions=[region for region in verdict.regions if region.relative_l2][:REGIONS_SHOWN],
         activations=[*_activations(result)],
+        clipped_weights=result.scales.clipped,
         weight_scales=dict(sorted(result.scales.weights.items())),
         warnings=[*result.warnings, *verdict.warnings],
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from llmc.passes.errors import LlmcError as LlmcError
@@ -102,6 +103,14 @@ class Scales:
     """Tensor → its scale."""
     weights: dict[int, int] = field(default_factory=dict)
     """Exponent e → how many scales of weights are in [2**e, 2**(e + 1))."""
+    clipped: dict[str, float] = field(default_factory=dict)
+    """Weight → share of its values that the level nearest to them would be beyond the last for."""
+
+    def count(self, scales: Array) -> None:
+        """Take in the scales of a weight, all above 0."""
+        exponents = np.frexp(scales.astype(np.float64))[1] - 1
+        for exponent, count in zip(*np.unique(exponents, return_counts=True), strict=True):
+            self.weights[int(exponent)] = self.weights.get(int(exponent), 0) + int(count)
 
 
 @dataclass

@@ -144,6 +144,9 @@ class PassReport(Part):
     activations: list[ActivationLine] = Field(
         default_factory=list, description="Those that were quantized with scales from calibration data."
     )
+    clipped_weights: dict[str, float] = Field(
+        default_factory=dict, description="Weight → share of its values beyond the last level by half a step or more."
+    )
     weight_scales: dict[int, int] = Field(
         default_factory=dict, description="Exponent e → how many scales of weights are in [2^e, 2^(e + 1))."
     )

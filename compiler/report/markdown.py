@@ -10,7 +10,7 @@ from llmc.compiler.report import GraphReport, LayerPrecision, PassReport, Report
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~&#@$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _TAME = re.compile(r"[^`|\\\s]+( [^`|\\\s]+)*")
 """What can stand between backticks in a table's cell as it is."""
-ACTIVATIONS_SHOWN = 8
+QUANTIZED_SHOWN = 8
 _STATUS = {"done": "✓", "skipped": "–", "rolled back": "↩", "over budget": "✗", "crashed": "✗"}
 
 
@@ -102,30 +102,41 @@ def _frontier(step: PassReport) -> str:
 
 
 def _quantized(step: PassReport) -> str:
-    if not step.activations:
+    """The activations and weights that lose most to clipping, and how far apart scales are."""
+    parts = [*_activations(step), *_weights(step)]
+    if not parts:
         return ""
+    scales = {kind: octaves for kind, octaves in summary.scales(step).items() if octaves}
+    octaves = range(*_reach(octave for found in scales.values() for octave in found))
+    counts = [(f"2^{e}", *(found.get(e, 0) for found in scales.values())) for e in octaves]
+    fold = _fold("Scales", _table(("From", *(f"#Scales of {kind}" for kind in scales)), counts))
+    return "\n\n".join([f"## What {step.key} quantized", *parts, fold])
+
+
+def _activations(step: PassReport) -> Iterator[str]:
     lines = summary.most_saturated(step)
     rows = [
         (code(line.tensor), *map(escape, text.activation(line)[1:]), text.bars(line.counts))
-        for line in lines[:ACTIVATIONS_SHOWN]
+        for line in lines[:QUANTIZED_SHOWN]
     ]
-    rest = len(lines) - len(rows)
-    scales = summary.scales(step)
-    octaves = range(*_reach(octave for found in scales.values() for octave in found))
-    counts = [(f"2^{e}", *(found.get(e, 0) for found in scales.values())) for e in octaves]
-    return "\n\n".join(
-        [
-            f"## What {step.key} quantized",
-            "Values on the calibration data; what is larger than the clipping point saturates.",
-            _table((*text.ACTIVATIONS, "Magnitudes, 0 to largest"), rows),
-            *(
-                [f"{text.plural(rest, 'more activation')} in report.json, none of which saturates more."]
-                if rest
-                else []
-            ),
-            _fold("Scales", _table(("From", *(f"#Scales of {kind}" for kind in scales)), counts)),
-        ]
-    )
+    if rows:
+        yield "Values on the calibration data; what is larger than the clipping point saturates."
+        yield _table((*text.ACTIVATIONS, "Magnitudes, 0 to largest"), rows)
+        yield from _more("activation", len(lines) - len(rows))
+
+
+def _weights(step: PassReport) -> Iterator[str]:
+    lines = summary.most_clipped(step)
+    shown = lines[:QUANTIZED_SHOWN]
+    if shown:
+        yield "Weights, and the share of their values that are beyond the last level by half a step or more."
+        yield _table(("Weight", "#Saturated"), [(code(name), escape(text.share(share))) for name, share in shown])
+        yield from _more("weight", len(lines) - len(shown))
+
+
+def _more(kind: str, count: int) -> Iterator[str]:
+    if count:
+        yield f"{text.plural(count, f'more {kind}')} in report.json, none of which saturates more."
 
 
 def _reach(exponents: Iterable[int]) -> tuple[int, int]:

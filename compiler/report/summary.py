@@ -112,6 +112,11 @@ def most_saturated(step: PassReport) -> list[ActivationLine]:
     return sorted(step.activations, key=lambda line: -(line.saturated or 0.0))
 
 
+def most_clipped(step: PassReport) -> list[tuple[str, float]]:
+    """Weights that the pass quantized and the share of their values beyond the last level, the largest share first."""
+    return sorted(step.clipped_weights.items(), key=lambda item: -item[1])
+
+
 def scales(step: PassReport) -> dict[str, dict[int, int]]:
     """'weights' and 'activations' → exponent e → how many of their scales are in [2^e, 2^(e + 1))."""
     of_activations = Counter(math.frexp(line.scale)[1] - 1 for line in step.activations)

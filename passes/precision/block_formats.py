@@ -32,6 +32,8 @@ class BlockFormat:
     scale_dtype: int
     """Of the scales."""
     largest: float
+    half_step: float
+    """Half the distance to the number that would come after the largest."""
     block: int
     since: int
     """The opset from which QuantizeLinear and DequantizeLinear have it."""
@@ -82,14 +84,40 @@ class BlockRounded:
     stored: Array
     whole: float
 
+    @property
+    def scale(self) -> Array:
+        """Of each block: float32 [rows, blocks], exact."""
+        return self.stored.astype(np.float32) * np.float32(self.whole)
+
     def matrix(self) -> Array:
         """What it stands for: float32 [rows, depth], exact."""
-        scale = self.stored.astype(np.float32) * np.float32(self.whole)
-        return (self.elements.astype(np.float32) * scale[..., None]).reshape(len(self.elements), -1)
+        return (self.elements.astype(np.float32) * self.scale[..., None]).reshape(len(self.elements), -1)
+
+    def clipped(self, matrix: Array) -> float:
+        """Share of the values [rows, depth] that it was made of that a number after the largest would be nearer to."""
+        exact = np.abs(matrix.reshape(self.elements.shape)) / self.scale[..., None]
+        beyond = np.count_nonzero(exact > self.format.largest + self.format.half_step)
+        return beyond / max(exact.size, 1)
 
 
-NVFP4 = BlockFormat("nvfp4", onnx.TensorProto.FLOAT4E2M1, onnx.TensorProto.FLOAT8E4M3FN, 6.0, block=16, since=23)
-MXFP8 = BlockFormat("mxfp8", onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E8M0, 448.0, block=32, since=24)
+NVFP4 = BlockFormat(
+    name="nvfp4",
+    dtype=onnx.TensorProto.FLOAT4E2M1,
+    scale_dtype=onnx.TensorProto.FLOAT8E4M3FN,
+    largest=6.0,
+    half_step=1.0,
+    block=16,
+    since=23,
+)
+MXFP8 = BlockFormat(
+    name="mxfp8",
+    dtype=onnx.TensorProto.FLOAT8E4M3FN,
+    scale_dtype=onnx.TensorProto.FLOAT8E8M0,
+    largest=448.0,
+    half_step=16.0,
+    block=32,
+    since=24,
+)
 
 
 def tensor_scale(amax: float, span: float = 6.0) -> float:

@@ -76,19 +76,12 @@ class Inserter:
                     f"weight '{weight.name}' of {product.node.name} has NaN or infinity: it cannot be quantized"
                 )
             scale = self.levels.scales(amax, product.dtype)
-            self._count(scale)
+            self.scales.count(scale)
             spread = np.expand_dims(scale, others)
             stored = Derived(self.levels.dtype, values.shape, lambda: self.levels.quantize(read(), spread))
             constant = Constant(self.fresh(f"{weight.name}_{self.levels.name}"), stored)
             self._dequantize(product, weight, [constant, *self._parameters(weight.name, scale)], axis=axis)
         return self.made[id(weight), axis]
-
-    def _count(self, scale: Array) -> None:
-        """Keep how many scales of a weight there are of each power of two."""
-        exponents = np.frexp(scale.astype(np.float64))[1] - 1
-        for exponent, count in zip(*np.unique(exponents, return_counts=True), strict=True):
-            known = self.scales.weights.get(int(exponent), 0)
-            self.scales.weights[int(exponent)] = known + int(count)
 
     def _parameters(self, name: str, scale: Array) -> list[Constant]:
         """Scale, and zero points of its shape."""

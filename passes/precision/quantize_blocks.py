@@ -97,6 +97,9 @@ class QuantizeBlocks(SelectivePass):
         rounded, detail = insert.rounded(site)
         if not context.apply(result, type(self).__name__, site.node, detail):
             return
+        if rounded is not None:
+            result.scales.count(rounded.scale)
+            result.scales.clipped[site.weight.name] = rounded.clipped(site.matrix())
         activation = self._activation(insert, site, reach) if self.activations else None
         insert.replace(site, rounded, activation)
         result.asked[site.node.name] = self.format.numpy.name + ("" if self.activations else " weights")

@@ -28,7 +28,8 @@ class QuantizeNvfp4(QuantizeBlocks):
     Scales of weights are those of least square error. The graph is raised to opset 23. TensorRT takes NVFP4 from SM120
     on, as these standard operators. With `activations: false` it multiplies in the type of the model.
 
-    **Safety:** lossy. Rounding moves each value by at most a sixth of the largest of its block.
+    **Safety:** lossy. A value moves by at most 3/17 of the largest of its block, and 5/17 in a weight, whose blocks are
+    clipped where their other values gain by it; in blocks below 2^-12 of the tensor's largest value, or 2^-18, by more.
 
     Source: ONNX operator specification, QuantizeLinear-23 and DequantizeLinear-23; NVIDIA et al., "Pretraining Large
     Language Models with NVFP4" (2025), for the two levels of scales; TensorRT developer guide, "Working with Quantized

@@ -111,6 +111,17 @@ class _Group:
     sites: list[WeightSite] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A weight as integers."""
+
+    rounded: Rounded
+    clipped: float
+    """Share of its values that are beyond the levels."""
+    detail: str
+    """For the report."""
+
+
 class _Run:
     """One run of the pass over one graph."""
 
@@ -196,31 +207,32 @@ class _Run:
             moments = self._scale_channels(group, moments)
         for site in group.sites:
             key = (id(site.weight), site.depth_axis)
-            rounded = None if key in self.made else self._rounded(site, group.levels, moments)
-            detail = f"'{site.weight.name}' as before" if rounded is None else rounded[1]
+            found = None if key in self.made else self._rounded(site, group.levels, moments)
+            detail = f"'{site.weight.name}' " + ("as before" if found is None else found.detail)
             if not self.context.apply(self.done, "QuantizeWeights", site.node, detail):
                 continue
-            if rounded is not None:
-                self.made[key] = self._dequantize(site, rounded[0], self.homes.get(key, site.node))
+            if found is not None:
+                self.made[key] = self._dequantize(site, found.rounded, self.homes.get(key, site.node))
+                self.done.scales.count(found.rounded.grid.scale)
+                self.done.scales.clipped[site.weight.name] = found.clipped
             self._read(site, self.made[key])
             self.done.asked[site.node.name] = f"int{self.step.bits} weights"
 
-    def _rounded(self, site: WeightSite, levels: Levels, moments: Moments | None) -> tuple[Rounded, str]:
-        """The weight as integers, and what the report says of it."""
+    def _rounded(self, site: WeightSite, levels: Levels, moments: Moments | None) -> _Found:
         matrix = site.matrix().astype(np.float32)
         if not np.isfinite(matrix).all():
             raise LlmcError(f"quantize-weights: weight '{site.weight.name}' of {site.node.name} has NaN or infinity")
         if moments is None:
             rounded = nearest(matrix, levels) if self.step.method == "rtn" else hqq(matrix, levels)
-            error = relative_error(matrix, rounded, None)
-            return rounded, f"'{site.weight.name}' by {self.step.method}: moved by {error:.2%}"
+            detail = f"by {self.step.method}: moved by {relative_error(matrix, rounded, None):.2%}"
+            return _Found(rounded, rounded.grid.clipped(matrix), detail)
         hessian = moments.hessian
         if self.step.method == "gptq":
             rounded = gptq(matrix, awq.clip(matrix, levels, hessian), hessian)
         else:
             rounded = nearest(matrix, levels, awq.clip_together(matrix, levels, hessian))
-        error = relative_error(matrix, rounded, hessian)
-        return rounded, f"'{site.weight.name}' by {self.step.method}: moves its output by {error:.2%}"
+        detail = f"by {self.step.method}: moves its output by {relative_error(matrix, rounded, hessian):.2%}"
+        return _Found(rounded, rounded.grid.clipped(matrix), detail)
 
     # AWQ's scales
 

@@ -74,6 +74,12 @@ class Grid:
         levels = np.rint(blocks / self.scale[..., None]) + self.zero[..., None]
         return np.clip(levels, self.levels.low, self.levels.high, out=levels)
 
+    def clipped(self, matrix: Array) -> float:
+        """Share of the values [rows, depth] that the level nearest to them would be beyond the last for."""
+        exact = np.rint(self.levels.blocks(matrix) / self.scale[..., None]) + self.zero[..., None]
+        beyond = np.count_nonzero((exact < self.levels.low) | (exact > self.levels.high))
+        return beyond / max(exact.size, 1)
+
     def values(self, levels: Array) -> Array:
         """What levels [rows, blocks, block] stand for."""
         return (levels - self.zero[..., None]) * self.scale[..., None]

@@ -87,6 +87,7 @@ def make_report(name: str) -> Report:
                         counts=[7000, 0, 6, 10],
                     ),
                 ],
+                clipped_weights={"known": 0.0, name: 0.0125},
                 weight_scales={-9: 3, -7: 1},
                 numerics=[numerics],
                 warnings=[f"pass {name}"],

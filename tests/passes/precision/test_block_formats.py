@@ -90,3 +90,36 @@ def test_the_scale_of_a_tensor_lets_e4m3_reach_its_largest_block(amax: float) ->
     scale = tensor_scale(amax)
     assert np.log2(scale).is_integer()
     assert 224 <= amax / 6 / scale <= 448 or scale == 2.0**-15
+
+
+def test_weights_in_nvfp4_move_by_5_17_of_the_largest_of_their_block_at_most() -> None:
+    """1 - 6 / 8.5: a block's largest value is let stand at 8 at most, and E4M3 moves the scale by 1/17 at most."""
+    rng = np.random.default_rng(0)
+    steps = rng.choice([0.75, 1.75, 2.5, 3.5, 5, 6], (4000, 16)) * rng.uniform(0.9, 1.1, (4000, 16))
+    steps[:, 0] = rng.uniform(6, 9, 4000)
+    matrix = (steps * np.exp(rng.uniform(-3, 0, (4000, 1)))).astype(np.float32)
+    rounded = NVFP4.round(matrix)
+    moved = (np.abs(rounded.matrix() - matrix).max(axis=1) / matrix.max(axis=1)).max()
+    assert 1 / 6 < moved <= 5 / 17
+
+
+@settings(deadline=None, max_examples=50)
+@given(npst.arrays(np.float32, (8, 16), elements=st.floats(2.0**-12, 1, width=32)))
+def test_activations_in_nvfp4_move_by_3_17_of_the_largest_of_their_block_at_most(values: Array) -> None:
+    """A value of 5, half way between two numbers, in a block whose largest stands at 17/3: E4M3 moved its scale up."""
+    amax = values.max(axis=1, keepdims=True)
+    whole = tensor_scale(float(values.max()))
+    scale = (
+        np.clip(amax / np.float32(6 * whole), 2.0**-9, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * whole
+    )
+    moved = np.abs(NVFP4.elements(values[:, None], scale)[:, 0].astype(np.float32) * scale - values)
+    assert (moved <= amax * (3 / 17 + 1e-6)).all()  # 1e-6: quotients in float32
+
+
+def test_a_value_is_clipped_that_moves_further_than_rounding_takes_any() -> None:
+    matrix = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32) ** 3
+    assert MXFP8.round(matrix).clipped(matrix) == 0, "its scales reach the largest value"
+    rounded = NVFP4.round(matrix)
+    scale = np.repeat(rounded.stored.astype(np.float64) * rounded.whole, 16, axis=1)
+    beyond = np.abs(rounded.matrix() - matrix) > scale  # between 4 and 6 rounding moves a value by a scale at most
+    assert rounded.clipped(matrix) == np.count_nonzero(beyond) / matrix.size > 0

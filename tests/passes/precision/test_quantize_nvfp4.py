@@ -155,6 +155,9 @@ def test_weights_alone_need_no_data(parse: Any, random_feeds: Any) -> None:
     result = QuantizeNvfp4(activations=False).run(graph, Context())
     assert result.asked == {"y": "float4_e2m1fn weights"}
     assert [node.op for node in graph.nodes] == ["DequantizeLinear", "DequantizeLinear", "Gemm"]
+    ((name, share),) = result.scales.clipped.items()
+    assert (name, 0 <= share < 0.05) == ("w", True), "few values are clipped for the others' sake"
+    assert sum(result.scales.weights.values()) == np.prod(shapes["w"]) / 16
     feeds = random_feeds(graph)
     (expected,) = onnx.reference.ReferenceEvaluator(to_model(graph)).run(None, feeds)
     bound = 64 * 2.0**-23 * np.abs(expected).max()  # 64 products, added in another order

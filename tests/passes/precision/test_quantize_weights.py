@@ -156,6 +156,24 @@ def test_onnx_s_reference_reads_the_same(bits, symmetric, block, parse):
     }
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_report_has_the_spread_of_scales_and_what_is_beyond_the_levels(method, symmetric, parse, random_feeds):
+    weight = random(64, 48) ** 3  # cubes: a few values far from the others, which fitted grids clip
+    graph = with_weights(parse("(float[B,64] x, float[64,48] w) => (float[B,48] y) { y = MatMul(x, w) }"), w=weight)
+    feeds = SampledActivations([random_feeds(graph, size=256)])
+    scales = run(graph, feeds, method=method, block=16, symmetric=symmetric).scales
+    levels, scale, *zero = (load_values(tensor) for tensor in dequantizer(graph.nodes[-1]).inputs)
+    exponents = np.floor(np.log2(scale)).astype(int).ravel()
+    assert scales.weights == dict(Counter(exponents.tolist()))
+    assert scales.activations == {}
+    exact = np.rint(weight / np.repeat(scale, 16, axis=0))
+    exact += np.repeat(zero[0], 16, axis=0).astype(np.float32) if zero else 0
+    beyond = (exact < -8) | (exact > 7) if symmetric else (exact < 0) | (exact > 15)
+    assert scales.clipped == {"w": np.count_nonzero(beyond) / levels.size}
+    assert (scales.clipped["w"] > 0) == (method != "rtn")
+
+
 @pytest.mark.parametrize("count", [1, 2, 255, 4096])
 @pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.uint4])
 def test_four_bits_are_packed_as_onnx_says(count, dtype):
