@@ -51,6 +51,8 @@ class _Meaning:
     tensor: Tensor
     drops: bool = False
     """Whether true elements of a boolean are those to be masked."""
+    factor: float = 1.0
+    """What a tensor to add is multiplied with."""
 
 
 class MaskBuilder:
@@ -90,6 +92,10 @@ class MaskBuilder:
         return Masked(self._fitted(whole, site, scores), causal)
 
     def _meaning(self, mask: Mask, site: Site, scores: Shape) -> _Meaning:
+        if mask.kind == "add" and mask.factor != 1.0:
+            if self._may_be_infinite(mask.tensor):
+                self._may_be_zeroed(mask.tensor, site)
+            return _Meaning("add", mask.tensor, factor=mask.factor)
         if mask.kind == "add":
             return self._meaning_of_sum(mask.tensor, site, scores)
         if mask.fill > MASKED:
@@ -144,6 +150,9 @@ class MaskBuilder:
         tensor, drops = meaning.tensor, meaning.drops
         if meaning.kind == "boolean":
             return self._shared(("Not", id(tensor)), tensor, lambda op, t: op.Not(t)) if drops else tensor
+        if meaning.factor != 1.0:
+            scale = np.asarray(meaning.factor, dtype)
+            return self._shared(("Mul", id(tensor), meaning.factor), tensor, lambda op, t: op.Mul(t, scale))
         zero, lowest = np.zeros((), dtype), np.asarray(_lowest(dtype) * HALVED, dtype)
         if meaning.kind == "add" and any(_holds(source, _lowest(dtype)) for source in constants_behind(tensor)):
             full = np.asarray(_lowest(dtype), dtype)

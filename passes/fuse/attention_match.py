@@ -35,6 +35,8 @@ class Mask:
     kind: Literal["add", "keep", "drop"]
     """'keep': a true element leaves the score; 'drop': a true element puts `fill` there."""
     fill: float = 0.0
+    factor: float = 1.0
+    """What the masked scores are multiplied with, positive and at most 1: what is added counts so much less."""
 
 
 @dataclass
@@ -152,25 +154,25 @@ class AttentionMatcher:
             if factor is not None:
                 tensor, scale = factor[0], scale * factor[1]
                 continue
-            if scale != 1.0 and node.op in ("Add", "Sub", "Where"):
+            if node.op in ("Add", "Sub", "Where") and not 0 < scale <= 1:
                 raise NotAttentionError(f"the scale of {scale:.6g} comes after the mask of {called(node)}")
-            tensor, mask = self._unmasked(node)
+            tensor, mask = self._unmasked(node, scale)
             if softcap:
                 raise NotAttentionError(f"its scores are masked by {called(node)} before they are capped")
             masks.append(mask)
 
-    def _unmasked(self, node: Node) -> tuple[Tensor, Mask]:
-        """The scores before a mask was applied, and the mask."""
+    def _unmasked(self, node: Node, scale: float) -> tuple[Tensor, Mask]:
+        """The scores before a mask was applied, and the mask, where both are scaled afterwards."""
         if node.op == "Add":
             for scores, mask in (node.inputs, node.inputs[::-1]):
                 if leads_to_product(scores):
-                    return scores, Mask(mask, "add")
+                    return scores, Mask(mask, "add", factor=scale)
         if node.op == "Where":
             condition, chosen, otherwise = node.inputs
             for scores, other, kind in ((chosen, otherwise, "keep"), (otherwise, chosen, "drop")):
                 fill = single(other)
                 if fill is not None and leads_to_product(scores):
-                    return scores, Mask(condition, kind, fill)  # type: ignore[arg-type]
+                    return scores, Mask(condition, kind, fill * scale)  # type: ignore[arg-type]
         raise NotAttentionError(f"the scores come from {called(node)}, where MatMul, a scale or a mask is needed")
 
     def _key(self, tensor: Tensor) -> tuple[Tensor, list[int] | None, float]:

@@ -37,11 +37,12 @@ OPSET = 23
 class FuseAttention(Pass):
     """Fuses scaled dot-product attention to one Attention node, with no Reshape or Transpose left around it.
 
-    query [b, h, s, d], key [b, k, t, d], value [b, k, t, e], float16, bfloat16, float32 or float64, h a multiple of k:
-    `MatMul(Softmax(Add(Mul(MatMul(query, keyᵀ), scale), mask)), value)` → `Attention(query, key, value, mask)`. The
-    scale may be a product or a quotient, of the scores, of the queries, of the keys or of several of them; it becomes
-    the attribute `scale` unless it is 1/√d. Masks are added, or put numbers in place of scores by a boolean; triangles
-    become `is_causal`. Keys and values repeated for groups of heads (Unsqueeze, Expand, Reshape) are taken as they
+    query [b, h, s, d], key [b, k, t, d], value [b, k, t, e], float16, bfloat16, float32 or float64, h a multiple of
+    k: `MatMul(Softmax(Add(Mul(MatMul(query, keyᵀ), scale), mask)), value)` → `Attention(query, key, value, mask)`.
+    The scale may be a product or a quotient, of the scores, of the queries, of the keys or of several of them; it
+    becomes the attribute `scale` unless it is 1/√d. One of at most 1 behind a mask that is added scales that as
+    well. Masks are added, or put numbers in place of scores by a boolean; triangles become `is_causal`. Keys and
+    values repeated for groups of heads (Unsqueeze, Expand, Reshape), before RotaryEmbedding too, are taken as they
     were. `Where(IsNaN(weights), 0, weights)`, which makes rows masked everywhere 0, goes: Attention does that.
 
     Where queries, keys and values are [b, s, h·d] before a Reshape and a Transpose split them into heads, and the

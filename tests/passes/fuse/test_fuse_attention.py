@@ -117,6 +117,24 @@ FIRES: dict[str, tuple[str, dict[str, float], list[str]]] = {
         {},
         ["Where"],
     ),
+    "scale after the mask": (
+        model(PLAIN + "b = Where(u, zero, low) c = Add(s, b) m = Mul(c, half) " + END, QKV + ", bool[B,1,S,T] u"),
+        {"scale": 0.5},
+        ["Mul", "Where"],
+    ),
+    "scale after numbers in place of scores": (
+        model(PLAIN + "c = Where(u, s, low) m = Mul(c, half) " + END, QKV + ", bool[B,1,S,T] u"),
+        {"scale": 0.5},
+        ["Where"],
+    ),
+    "scale after a bias and before a mask, as Falcon adds ALiBi": (
+        model(
+            "p = Mul(n, half) " + PLAIN + "a = Add(s, p) c = Mul(a, root) b = Where(u, zero, low) m = Add(c, b) " + END,
+            QKV + ", float[B,4,1,T] n, bool[B,1,S,T] u",
+        ),
+        {},
+        ["Add", "Mul", "Mul", "Where"],
+    ),
     "two masks": (
         model(
             PLAIN
@@ -258,9 +276,20 @@ LEAVES_ALONE = {
         model("c = Relu(x) w = Softmax<axis=-1>(c) y = MatMul(w, v)", QKV + ", float[B,4,S,T] x"),
         "the scores come from Relu 'c', where MatMul, a scale or a mask is needed",
     ),
-    "scale after the mask": (
-        model(PLAIN + "b = Where(u, zero, low) c = Add(s, b) m = Mul(c, half) " + END, QKV + ", bool[B,1,S,T] u"),
-        "the scale of 0.5 comes after the mask of Add 'c'",
+    "scale over 1 after the mask": (
+        model(PLAIN + "b = Where(u, zero, low) c = Add(s, b) m = Mul(c, eight) " + END, QKV + ", bool[B,1,S,T] u"),
+        "the scale of 2.82843 comes after the mask of Add 'c'",
+    ),
+    "a fill that leaves weight once scaled": (
+        model(
+            "few = Constant<value_float = -10000.0>() " + PLAIN + "c = Where(u, s, few) m = Mul(c, half) " + END,
+            QKV + ", bool[B,1,S,T] u",
+        ),
+        "-5000 stands for masked scores: that leaves them some weight",
+    ),
+    "mask of unknown numbers, scaled": (
+        model(PLAIN + "a = Add(s, b) m = Mul(a, half) " + END, QKV + ", float[B,1,S,T] b"),
+        "'b' masks with -inf: a row masked everywhere is NaN here and 0 in Attention",
     ),
     "a fill that leaves weight": (
         model(PLAIN + "m = Where(u, s, half) " + END, QKV + ", bool[B,1,S,T] u"),
@@ -358,6 +387,14 @@ def test_may_be_told_to_make_masked_rows_zero(parse: Any) -> None:
 
 def test_a_row_masked_with_finite_numbers_stays_the_mean_of_the_values(parse: Any) -> None:
     graph = parse(FIRES["mask chosen by a boolean and added"][0])
+    FuseAttention().run(graph, Context())
+    given = feeds(graph) | {"u": np.zeros((2, 1, 3, 5), dtype=np.bool_)}
+    mean = np.broadcast_to(given["v"].mean(axis=2, keepdims=True), (2, 4, 3, 8))
+    np.testing.assert_allclose(Session(graph).run(given)["y"], mean, atol=1e-6)  # float32, five values
+
+
+def test_a_row_masked_everywhere_before_the_scale_stays_the_mean_of_the_values(parse: Any) -> None:
+    graph = parse(FIRES["scale after the mask"][0])
     FuseAttention().run(graph, Context())
     given = feeds(graph) | {"u": np.zeros((2, 1, 3, 5), dtype=np.bool_)}
     mean = np.broadcast_to(given["v"].mean(axis=2, keepdims=True), (2, 4, 3, 8))
