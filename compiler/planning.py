@@ -189,6 +189,7 @@ def plan(
         task=recipe.model.task,
         opset=recipe.model.opset,
         cache=recipe.model.cache,
+        half=recipe.model.half,
         trust_remote_code=recipe.model.trust_remote_code,
         offline=offline,
         memory=memory,

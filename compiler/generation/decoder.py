@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 LOGITS = "logits"
 LONGEST = "llmc.longest"
 """Key of a graph's metadata: how many tokens, prompt and answer together, it is right for; without it, any number."""
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_PAST = re.compile(r"past_key_values\.(\d+(?:\.decoder)?\.(?:key|value))")
+"""A growing cache: of a decoder that stands alone, or of one beside an encoder, whose cache does not grow."""
+_PRESENT, _GIVEN = "present.", "past_key_values."
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Input:
     shape: tuple[int | str | None, ...]
 
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
 class Decoder:
     """A graph with a growing cache: `past_key_values.N.key` in, `present.N.key` out, as optimum and llmc name them.
 
@@ -39,9 +45,7 @@ class Decoder:
     def __init__(self, inputs: Sequence[Input], outputs: Sequence[str], run: Run, longest: int | None = None) -> None:
         self._longest = longest
         self._inputs = {given.name: given for given in inputs}
-        self._past = {
-            name: f"present.{match[1]}.{match[2]}" for name in self._inputs if (match := _PAST.fullmatch(name))
-        }
+        self._past = {name: f"{_PRESENT}{match[1]}" for name in self._inputs if (match := _PAST.fullmatch(name))}
         self._run = run
         missing = [name for name in ("input_ids", "attention_mask") if name not in self._inputs]
         missing += [name for name in (LOGITS, *self._past.values()) if name not in outputs]
@@ -51,22 +55,28 @@ class Decoder:
                 "give a decoder that was compiled with model.cache: growing"
             )
 
+    @property
+    def takes(self) -> Collection[str]:
+        """Names of its inputs."""
+        return self._inputs.keys()
+
     def logits(self, ids: Array, mask: Array | None = None) -> Array:
         """[batch, length] token ids, from the beginning → [batch, length, vocabulary]."""
         mask = np.ones_like(ids) if mask is None else mask
         return np.asarray(self._run(self._feeds(ids, mask, self._empty(len(ids))))[LOGITS])
 
-    def generate(self, ids: Array, mask: Array, choose: Choose) -> Iterator[Array]:
+    def generate(self, ids: Array, mask: Array, choose: Choose, given: Mapping[str, Any] = _NOTHING) -> Iterator[Array]:
         """Token after token of each row, [batch], without end.
 
-        `ids` and `mask` are int64 [batch, length]; shorter prompts are padded on the left, where `mask` is 0. Raises
-        LlmcError for padding on the right, and for more tokens than the graph is right for.
+        `ids` and `mask` are int64 [batch, length]; shorter prompts are padded on the left, where `mask` is 0. `given`
+        are inputs that every run takes: what an encoder has made. Raises LlmcError for padding on the right, and for
+        more tokens than the graph is right for.
         """
         if not mask[:, -1].all():
             raise LlmcError("a prompt ends in padding: shorter prompts are padded on the left")
         past = self._empty(len(ids))
         while True:
-            found = self._run(self._feeds(ids, mask, past))
+            found = self._run({**self._feeds(ids, mask, past), **given})
             tokens = choose(np.asarray(found[LOGITS])[:, -1].astype(np.float32))
             yield tokens
             past = {name: found[present] for name, present in self._past.items()}
@@ -94,6 +104,11 @@ class Decoder:
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         taken = {name: value.astype(self._inputs[name].dtype) for name, value in feeds.items() if name in self._inputs}
         return taken | dict(past)
+
+
+def as_past(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys and values that a graph gives, as the next one takes them."""
+    return {_GIVEN + name.removeprefix(_PRESENT): value for name, value in outputs.items() if name.startswith(_PRESENT)}
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad: int = 0) -> tuple[Array, Array]:

@@ -22,6 +22,11 @@ Progress = Callable[[str], None]
 Cache = Literal["growing", "none"]
 """Whether a decoder takes and gives the keys and values of earlier tokens."""
 
+Half = Literal["encoder", "decoder"]
+"""Which graph of an encoder-decoder."""
+HALVES: tuple[Half, ...] = ("encoder", "decoder")
+"""In the order in which they run."""
+
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
 """A model on the Hugging Face hub: 'name' or 'owner/name', and '@revision' to pin it."""
 
@@ -39,6 +44,8 @@ class Loaded:
     task: str | None = None
     exporter: str = ""
     """How the graph came about ('torch.onnx dynamo, opset 23, sdpa'); '' for an ONNX file."""
+    half: Half | None = None
+    """Which graph of an encoder-decoder it is."""
     limits: dict[str, int] = field(default_factory=dict)
     """The largest size that the model itself allows for a symbolic dimension ({'sequence': 512})."""
     vocabulary: int | None = None
@@ -61,6 +68,7 @@ def load(
     task: str | None = None,
     opset: int | None = None,
     cache: Cache = "growing",
+    half: Half | None = None,
     trust_remote_code: bool = False,
     offline: bool = False,
     memory: Memory = NOTHING,
@@ -70,7 +78,8 @@ def load(
 
     `task` and `opset` say what a Hugging Face model is exported as and at (by default what its configuration
     and the exporter's state call for), `cache` whether a decoder takes and gives the keys and values of earlier
-    tokens. `offline` uses only what the hub's cache holds, as HF_HUB_OFFLINE does; `memory` may know the export.
+    tokens, `half` which graph of an encoder-decoder is wanted. `offline` uses only what the hub's cache holds, as
+    HF_HUB_OFFLINE does; `memory` may know the export.
     Raises LlmcError with the reason for everything that cannot be loaded.
     """
     path = Path(source).expanduser()
@@ -83,6 +92,8 @@ def load(
     if path.is_file():
         from llmc.compiler.loaders.onnx_file import load_onnx
 
+        if half is not None:
+            raise LlmcError(f"{source} is one ONNX graph: it has no {half} to take by itself")
         return load_onnx(path, task=task, opset=opset)
     from llmc.compiler.loaders.huggingface import load_huggingface
 
@@ -97,6 +108,7 @@ def load(
         task=task,
         opset=opset,
         cache=cache,
+        half=half,
         trust_remote_code=trust_remote_code,
         memory=memory,
         progress=progress,

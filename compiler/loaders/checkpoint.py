@@ -32,6 +32,11 @@ class Checkpoint:
     """The floating-point types in the files, as safetensors names them ('F32', 'BF16')."""
 
     @property
+    def encoder_decoder(self) -> bool:
+        """Whether it makes two graphs."""
+        return bool(self.config.get("is_encoder_decoder"))
+
+    @property
     def architecture(self) -> str | None:
         """The transformers class that the checkpoint was saved from."""
         match self.config.get("architectures"):
@@ -56,11 +61,6 @@ def read_config(folder: Path) -> Settings:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise LlmcError(f"{folder} is quantized already ({method}): give the model that it was quantized from")
-    if config.get("is_encoder_decoder"):
-        raise LlmcError(
-            f"{folder} is an encoder-decoder ({config.get('model_type')}), which makes two graphs: "
-            "llmc takes encoders and decoders so far"
-        )
     return config
 
 

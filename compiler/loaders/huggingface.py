@@ -14,13 +14,21 @@ from llmc.compiler.cache.keys import code_digest, environment
 from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.generation.decoder import LONGEST
-from llmc.compiler.loaders import Cache, Feeds, Loaded, Progress, digest_files
+from llmc.compiler.loaders import HALVES, Cache, Feeds, Half, Loaded, Progress, digest_files
 from llmc.compiler.loaders.checkpoint import Checkpoint, open_checkpoint
 from llmc.compiler.loaders.hub import SETTINGS
 from llmc.compiler.loaders.images import configuration
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.sentence_transformers import Head, is_sentence_transformer, read_head, transformer_folder
-from llmc.compiler.loaders.tasks import SENTENCE_EMBEDDING, TASKS, check_task, infer_task, task_of
+from llmc.compiler.loaders.tasks import (
+    SENTENCE_EMBEDDING,
+    SPEECH_RECOGNITION,
+    TASKS,
+    TWO_GRAPHS,
+    check_task,
+    infer_task,
+    task_of,
+)
 from llmc.passes.graph import Array, Graph, to_structure
 
 if TYPE_CHECKING:
@@ -33,6 +41,7 @@ def load_huggingface(
     task: str | None = None,
     opset: int | None = None,
     cache: Cache = "growing",
+    half: Half | None = None,
     trust_remote_code: bool = False,
     memory: Memory = NOTHING,
     progress: Progress = lambda _: None,
@@ -50,11 +59,12 @@ def load_huggingface(
     if task is not None:
         check_task(task, pooled)
     checkpoint = open_checkpoint(transformer_folder(folder) if pooled else folder)
-    task = task or infer_task(checkpoint.architecture, pooled)
+    task = task or _inferred(checkpoint, pooled)
+    _check_half(checkpoint, task, half)
     head = read_head(folder) if task == SENTENCE_EMBEDDING else None
     _require_torch(folder)
-    model = _TorchModel(checkpoint, task, head, cache, trust_remote_code, progress)
-    wanted = (task, opset, cache)
+    model = _TorchModel(checkpoint, task, head, cache, half, trust_remote_code, progress)
+    wanted = (task, opset, cache, half)
     remembered = _Exports(NOTHING if trust_remote_code else memory, folder, wanted)  # code from elsewhere is in no key
     tokenizer = next((place for place in (folder, checkpoint.folder) if (place / "tokenizer.json").is_file()), None)
     settings = [checkpoint.folder / "config.json", *(head.files if head else ())]
@@ -67,6 +77,7 @@ def load_huggingface(
         name=folder.resolve().name,
         digest=about["digest"],
         task=task,
+        half=half,
         exporter=about["exporter"],
         limits=about["limits"],
         vocabulary=about["vocabulary"],
@@ -76,6 +87,31 @@ def load_huggingface(
         notes=[*_dtype_notes(checkpoint), *about["notes"]],
         cached=cached,
     )
+
+
+def _inferred(checkpoint: Checkpoint, pooled: bool) -> str:
+    if checkpoint.encoder_decoder and "num_mel_bins" in checkpoint.config:
+        return SPEECH_RECOGNITION
+    return infer_task(checkpoint.architecture, pooled)
+
+
+def _check_half(checkpoint: Checkpoint, task: str, half: Half | None) -> None:
+    """Raises LlmcError where the model does not make two graphs of which one is wanted, or the other way round."""
+    if not checkpoint.encoder_decoder:
+        if half is not None or task in TWO_GRAPHS:
+            raise LlmcError(f"{checkpoint.folder} is no encoder-decoder: it makes one graph")
+        return
+    kind = checkpoint.config.get("model_type")
+    if task not in TWO_GRAPHS:
+        raise LlmcError(
+            f"{checkpoint.folder} is an encoder-decoder ({kind}), and llmc takes those that generate text: "
+            f"give one that was saved with its head (…ForConditionalGeneration), not for {task}"
+        )
+    if half is None:
+        raise LlmcError(
+            f"{checkpoint.folder} is an encoder-decoder ({kind}), which makes two graphs: say which one is wanted "
+            f"({' or '.join(HALVES)}), in the recipe as model.half"
+        )
 
 
 def _require_torch(folder: Path) -> None:
@@ -94,6 +130,7 @@ class _TorchModel:
     task: str
     head: Head | None
     cache: Cache
+    half: Half | None
     trust_remote_code: bool
     progress: Progress
 
@@ -108,13 +145,16 @@ class _TorchModel:
     @cached_property
     def signature(self) -> Signature:
         """Its inputs and outputs."""
+        from llmc.compiler.loaders.encoder_decoder import decoder_signature, encoder_signature
         from llmc.compiler.loaders.signature import signature_of
 
+        if self.half is not None:
+            return (encoder_signature if self.half == "encoder" else decoder_signature)(self.loaded[0])
         return signature_of(self.loaded[0], self.task, self.head, self.checkpoint.folder, self.cache)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Run it on one set of inputs."""
-        from llmc.compiler.loaders.torch_export import run_torch
+        from llmc.compiler.loaders.signature import run_torch
 
         return run_torch(self.loaded[0], self.signature, feeds)
 

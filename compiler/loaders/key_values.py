@@ -30,35 +30,50 @@ def cache_inputs(model: Any) -> tuple[Variable, ...]:
     kind = type(model).__name__
     with quiet(), torch.inference_mode():
         found = model(input_ids=torch.ones((1, 2), dtype=torch.int64), use_cache=True).get("past_key_values")
+    inputs = layer_inputs(kind, found, PAST, 2)
+    if not inputs:
+        raise LlmcError(f"{kind} gives no key-value cache: set model.cache to none in the recipe")
+    return inputs
+
+
+def layer_inputs(kind: str, cache: Any, length: int | str, seen: int, side: str = "") -> tuple[Variable, ...]:
+    """Inputs that hold what each layer of `cache` holds of `seen` tokens, for `length` of them.
+
+    `side` stands behind the number in their names. Raises LlmcError for layers that keep something else.
+    """
     inputs = []
-    for number, layer in enumerate(getattr(found, "layers", ())):
+    for number, layer in enumerate(getattr(cache, "layers", ())):
         for part, value in zip(PARTS, (getattr(layer, "keys", None), getattr(layer, "values", None)), strict=True):
-            if not isinstance(value, torch.Tensor) or value.ndim != 4 or value.shape[2] != 2:
+            if not _is_of(value, seen):
                 raise LlmcError(
                     f"layer {number} of {kind} keeps a state that is not the keys and values of each token: "
                     "set model.cache to none in the recipe"
                 )
-            shape: list[int | str | None] = ["batch", value.shape[1], PAST, value.shape[3]]
+            assert value is not None
+            shape: list[int | str | None] = ["batch", value.shape[1], length, value.shape[3]]
             dtype = np.dtype(str(value.dtype).removeprefix("torch."))
-            inputs.append(Variable(f"past_key_values.{number}.{part}", dtype=dtype, shape=shape))
-    if not inputs:
-        raise LlmcError(f"{kind} gives no key-value cache: set model.cache to none in the recipe")
+            inputs.append(Variable(f"past_key_values.{number}{side}.{part}", dtype=dtype, shape=shape))
     return tuple(inputs)
 
 
-def cache_outputs(layers: int) -> tuple[str, ...]:
+def _is_of(value: Any, seen: int) -> bool:
+    """Whether it is keys or values of as many tokens, [batch, heads, tokens, width]."""
+    return getattr(value, "ndim", 0) == 4 and value.shape[2] == seen
+
+
+def cache_outputs(layers: int, side: str = "") -> tuple[str, ...]:
     """Names of the outputs that hold the cache after the run, in the order of `present_values`."""
-    return tuple(f"present.{number}.{part}" for number in range(layers) for part in PARTS)
+    return tuple(f"present.{number}{side}.{part}" for number in range(layers) for part in PARTS)
 
 
-def past_cache(inputs: Mapping[str, Any], layers: int) -> Any:
+def past_cache(inputs: Mapping[str, Any], layers: int, side: str = "") -> Any:
     """A transformers Cache that holds the keys and values in `inputs`, and grows from them."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     class PastLayer(DynamicLayer):  # type: ignore[misc]
         def __init__(self, number: int) -> None:
             super().__init__()
-            self.keys, self.values = (inputs[f"past_key_values.{number}.{part}"] for part in PARTS)
+            self.keys, self.values = (inputs[f"past_key_values.{number}{side}.{part}"] for part in PARTS)
             self.dtype, self.device = self.keys.dtype, self.keys.device
             self.is_initialized = True
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import Cache
+from llmc.compiler.loaders import Cache, Feeds
 from llmc.compiler.loaders.checkpoint import read_json
 from llmc.compiler.loaders.key_values import PARTS, PAST, cache_inputs, cache_outputs, past_cache, present_values
 from llmc.compiler.loaders.positions import check_rope, longest_cache, longest_sequence
+from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.sentence_transformers import OUTPUTS, Head
 from llmc.compiler.loaders.tasks import TASKS, TEXT_GENERATION
-from llmc.passes.graph import Variable
+from llmc.passes.graph import Array, Variable
 
 Sizes = dict[str, int]
 
@@ -48,6 +49,18 @@ class Signature:
     notes: tuple[str, ...] = ()
     longest: int | None = None
     """Tokens that a cache may hold, where more of them would not be what transformers makes."""
+    encoder: Signature | None = None
+    """Of the graph that makes some of the inputs, where this one is the decoder of two."""
+
+
+def run_torch(model: Any, signature: Signature, feeds: Feeds) -> dict[str, Array]:
+    """Run the model itself: input name → array in, output name → array out."""
+    import torch
+
+    inputs = {variable.name: torch.tensor(np.asarray(feeds[variable.name])) for variable in signature.inputs}
+    with quiet(), torch.inference_mode():
+        outputs = signature.call(model.forward, **inputs)
+    return {name: value.numpy() for name, value in zip(signature.outputs, outputs, strict=True)}
 
 
 def signature_of(model: Any, task: str, head: Head | None, folder: Path, cache: Cache = "growing") -> Signature:

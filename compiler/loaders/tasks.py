@@ -23,9 +23,15 @@ SENTENCE_EMBEDDING = "sentence-embedding"
 """What a sentence-transformers folder is for: pooling and normalization stand in the graph."""
 
 TEXT_GENERATION = "text-generation"
+TEXT_TO_TEXT = "text2text-generation"
+SPEECH_RECOGNITION = "automatic-speech-recognition"
+TWO_GRAPHS = (TEXT_TO_TEXT, SPEECH_RECOGNITION)
+"""What encoder-decoders are for."""
 
 TASKS = {
     TEXT_GENERATION: Task(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", ("logits",)),
+    TEXT_TO_TEXT: Task(("ForConditionalGeneration", "MTModel"), "AutoModelForSeq2SeqLM", ("logits",)),
+    SPEECH_RECOGNITION: Task((), "AutoModelForSpeechSeq2Seq", ("logits",)),
     "fill-mask": Task(("ForMaskedLM",), "AutoModelForMaskedLM", ("logits",)),
     "text-classification": Task(("ForSequenceClassification",), "AutoModelForSequenceClassification", ("logits",)),
     "token-classification": Task(("ForTokenClassification",), "AutoModelForTokenClassification", ("logits",)),

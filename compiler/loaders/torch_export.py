@@ -8,19 +8,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmc.compiler.data import random_feeds
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.generation.choosing import greedy
-from llmc.compiler.generation.decoder import Decoder, Input, pad_left
 from llmc.compiler.loaders import Feeds, Progress
+from llmc.compiler.loaders.generated import generated, prove_tokens
 from llmc.compiler.loaders.key_values import PAST
 from llmc.compiler.loaders.quiet import quiet
-from llmc.compiler.loaders.signature import Signature
+from llmc.compiler.loaders.signature import Signature, run_torch
 from llmc.compiler.loaders.tasks import TEXT_GENERATION
 from llmc.compiler.session import Session
 from llmc.passes.graph import SMALL, Array, Graph, Structure, Weights, from_structure
@@ -37,10 +35,6 @@ TOLERANCE = {np.dtype(np.float32): 1e-4, np.dtype(np.float16): 2e-2}
 Both sides round each of some hundred dependent operations: by 2^-24 in float32, which was seen to add up to some 1e-6,
 and by 2^-11 in float16. A mask that was dropped, or a position that is one off, shows as 1e-2 and more.
 """
-
-
-TOKENS = 16
-"""Generated greedily, by torch and by the graph of a decoder with a cache, to compare."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +64,10 @@ def export(model: Any, signature: Signature, task: str, opset: int | None, progr
     The graph's weights are the model's own memory, under the model's names ('.T' behind transposed ones). Raises
     LlmcError with each rung's reason where none will do.
     """
-    ladder = _ladder(task, opset)
+    decodes = PAST in signature.sample
+    ladder = _ladder(decodes or task == TEXT_GENERATION, opset)
     expected = _expectations(model, signature)
-    greedy_tokens = _greedy_tokens(model, signature) if PAST in signature.sample else None
+    answers = generated(model, signature) if decodes else None
     failures = []
     for rung in ladder:
         progress(f"exporting at opset {rung.opset} with {rung.attention} attention")
@@ -81,32 +76,22 @@ def export(model: Any, signature: Signature, task: str, opset: int | None, progr
                 graph, parameters = _export(model, signature, rung.opset)
             progress("comparing with torch")
             _prove(graph, expected)
-            if greedy_tokens is not None:
-                _prove_tokens(graph, greedy_tokens)
+            if answers is not None:
+                prove_tokens(graph, answers)
             return Export(graph, Rung(rung.opset, attention), parameters)
         except Exception as error:  # whatever goes wrong inside the exporter, the next rung may do
             failures.append(f"{rung}: {explain(error)}")
     raise LlmcError(f"{type(model).__name__} cannot be exported to ONNX:\n  " + "\n  ".join(failures))
 
 
-def run_torch(model: Any, signature: Signature, feeds: Feeds) -> dict[str, Array]:
-    """Run the model itself: input name → array in, output name → array out."""
-    import torch
-
-    inputs = {variable.name: torch.tensor(np.asarray(feeds[variable.name])) for variable in signature.inputs}
-    with quiet(), torch.inference_mode():
-        outputs = signature.call(model.forward, **inputs)
-    return {name: value.numpy() for name, value in zip(signature.outputs, outputs, strict=True)}
-
-
-def _ladder(task: str, opset: int | None) -> list[Rung]:
+def _ladder(decodes: bool, opset: int | None) -> list[Rung]:
     """Attention is one node from opset 23 on. At 23 exactly the exporter also fuses norms and rotary embeddings, the
     latter wrongly for a batch over 1: decoders start at 24, and others end up there where 23 does not prove right."""
     if opset is not None:
         if opset not in OPSETS:
             raise LlmcError(f"models are exported at opset {OPSETS.start} to {OPSETS[-1]}, not {opset}")
         return [Rung(opset, attention) for attention in (("sdpa", "eager") if opset > 22 else ("eager", "sdpa"))]
-    native = [Rung(24, "sdpa")] if task == TEXT_GENERATION else [Rung(23, "sdpa"), Rung(24, "sdpa")]
+    native = [Rung(24, "sdpa")] if decodes else [Rung(23, "sdpa"), Rung(24, "sdpa")]
     return [*native, Rung(20, "eager")]
 
 
@@ -142,47 +127,6 @@ def _prove(graph: Graph, expected: Sequence[tuple[Feeds, dict[str, Array]]]) -> 
                 raise LlmcError(
                     f"'{name}' differs from torch's by {difference:.2g} of its largest value for inputs of {shape}"
                 )
-
-
-@dataclass(frozen=True)
-class _Greedy:
-    """What transformers' `generate` makes of two prompts, the shorter padded on the left."""
-
-    ids: Array
-    mask: Array
-    tokens: Array
-
-
-def _greedy_tokens(model: Any, signature: Signature) -> _Greedy | None:
-    """None for a float16 model: rounding may well turn the order of its best two tokens."""
-    import torch
-
-    if model.dtype != torch.float32:
-        return None
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, signature.bounds["input_ids"], length).tolist() for length in (9, 6)]
-    ids, mask = pad_left(prompts)
-    settings = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 0}
-    ends = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = None  # no answer ends before its last token
-    try:
-        with quiet(), torch.inference_mode():
-            found = model.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), **settings)
-    finally:
-        model.generation_config.eos_token_id = ends
-    return _Greedy(ids, mask, found.numpy()[:, ids.shape[1] :])
-
-
-def _prove_tokens(graph: Graph, greedy_tokens: _Greedy) -> None:
-    """The loop around the graph gives the tokens of transformers' own: the cache, positions and masks are right."""
-    session = Session(graph)
-    inputs = [Input(tensor.name, np.dtype(tensor.dtype), tuple(tensor.shape)) for tensor in graph.inputs]
-    decoder = Decoder(inputs, session.outputs, session.run)
-    stream = decoder.generate(greedy_tokens.ids, greedy_tokens.mask, greedy)
-    found = np.stack(list(islice(stream, TOKENS)), axis=1)
-    if not np.array_equal(found, greedy_tokens.tokens):
-        first = int((found != greedy_tokens.tokens).any(axis=0).argmax())
-        raise LlmcError(f"of {TOKENS} greedy tokens, number {first + 1} differs from what transformers generates")
 
 
 @contextmanager

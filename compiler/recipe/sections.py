@@ -134,6 +134,9 @@ class ModelSection(Section):
         "growing",
         description="Text generation: whether the graph takes and gives the keys and values of earlier tokens.",
     )
+    half: Literal["encoder", "decoder"] | None = Field(
+        None, description="Encoder-decoders: the one graph of the two that is wanted; null: both."
+    )
     dimensions: dict[DimensionName, Sizes] = Field(
         {}, description="Symbolic dimension → its sizes: one size, [min, opt, max], or {min, opt, max}."
     )

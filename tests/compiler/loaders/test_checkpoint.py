@@ -116,7 +116,6 @@ def test_folders_that_are_no_model(checkpoint: Writer, name: str, reason: str) -
         ({**BERT, "quantization_config": {"quant_method": "gptq"}}, r"quantized already \(gptq\)"),
         ({**BERT, "quantization_config": "fp8"}, r"quantized already \(fp8\)"),
         ({**BERT, "architectures": "BertModel"}, "names no architecture"),
-        ({**BERT, "is_encoder_decoder": True}, "encoder-decoder"),
         ({"model_type": "bert"}, "names no architecture: say in model.task what"),
         ({**BERT, "architectures": ["BertForMultipleChoice"]}, "what BertForMultipleChoice is for is not known"),
     ],
