@@ -178,7 +178,8 @@ def _build(run: Run, final: State, model: Path, folder: Path) -> Built:
     made, graph = run.plan, final.graph
     dynamic = dynamic_dimensions(graph)  # a pass may have fixed some: a static cache has one length
     profiles = [{name: sizes for name, sizes in profile.items() if name in dynamic} for profile in made.profiles]
-    request = BuildRequest(profiles, made.recipe.target.compute_capabilities, made.recipe.target.workspace)
+    asked = made.recipe.target
+    request = BuildRequest(profiles, asked.compute_capabilities, asked.workspace, asked.plugins)
 
     def build() -> Built:
         run.progress(f"checking for {made.target.kind}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llmc.compiler.recipe import Recipe
 from llmc.compiler.targets import Profile, Progress, Target, resolve
 from llmc.passes.base import Pass
 from llmc.passes.graph import shape_of
+from llmc.passes.plugins import PluginPass
 
 _PATHS: Any = {"calibration": {"data", "statistics"}, "judge": {"data"}}
 """Parameters of passes that say where data is, not what."""
@@ -183,6 +184,7 @@ def plan(
     recipe.check_data()
     target = resolve(recipe.target.kind)
     _check_targets(recipe, target)
+    recipe = _with_plugins(recipe)
     progress("loading the model")
     loaded = load(
         source,
@@ -226,6 +228,19 @@ def _check_targets(recipe: Recipe, target: Target) -> None:
                 f"{step.key()} is for target {' or '.join(step.targets)}, and the recipe builds for {target.kind}: "
                 f"leave the pass out, or set target.kind{reason}"
             )
+
+    if recipe.target.plugins and target.kind not in ("tensorrt", "onnx"):
+        raise LlmcError(
+            f"target.plugins: target {target.kind} runs no plugins: leave target.plugins out, or set target.kind "
+            "to tensorrt, or to onnx for an engine that is built elsewhere"
+        )
+
+
+def _with_plugins(recipe: Recipe) -> Recipe:
+    """The recipe whose passes know which plugins the target runs."""
+    known = {"plugins": recipe.target.plugins}
+    passes = tuple(p.model_copy(update=known) if isinstance(p, PluginPass) else p for p in recipe.passes)
+    return replace(recipe, passes=passes)
 
 
 def _no_samples() -> Samples:

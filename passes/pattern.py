@@ -134,7 +134,7 @@ class Builder:
                     given.extend(Variable.empty() for _ in range(position - len(given)))
                     given.insert(position, self._attribute_input(kept.pop(key, None), like))
             node_name = self._fresh(f"{self._scope}.{name}" if self._scope else name)
-            dtype = _result_dtype(name, attributes, like)
+            dtype = _result_dtype(name, attributes, given, like)
             made = [Variable(self._fresh(f"{node_name}_out"), dtype=dtype) for _ in range(outputs)]
             while given and given[-1].is_empty():
                 given.pop()
@@ -167,10 +167,12 @@ class Builder:
         return Constant(self._fresh(f"{self._scope}.constant" if self._scope else "constant"), held)
 
 
-def _result_dtype(op: str, attributes: dict[str, Any], like: Any) -> Any:
+def _result_dtype(op: str, attributes: dict[str, Any], inputs: Sequence[Tensor], like: Any) -> Any:
     """The type that most operators make is that of their first tensor input; here are the others that rules use."""
     if op == "Cast":
         return numpy_dtype(attributes["to"])
+    if op == "QuantizeLinear" and len(inputs) > 2:
+        return inputs[2].dtype
     return np.dtype(np.int64) if op in ("Shape", "Size") else like
 
 
@@ -184,6 +186,8 @@ class Rewrite(ABC):
     newest_opset: ClassVar[int] = 1_000
     """Above this one the rule holds back, because `too_new`."""
     too_new: ClassVar[str] = ""
+    since: ClassVar[int] = 1
+    """The lowest opset that has every operator of `pattern`."""
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
     """Floating types that the rule is proved in."""
     symbolic: ClassVar[bool] = True

@@ -163,6 +163,9 @@ class TargetSection(Section):
         (), description="Optimization profiles, each over model.dimensions; none: one profile of model.dimensions."
     )
     workspace: Bytes | None = Field(None, description="Scratch memory that the builder may plan with; null: no limit.")
+    plugins: tuple[Literal["llmc"], ...] = Field(
+        (), description="Plugins that run operators of llmc's own: full TensorRT alone takes them."
+    )
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> Self:

@@ -37,6 +37,8 @@ class BuildRequest:
     """SM numbers: 80, 86, 89, 120. Empty: the target's default."""
     workspace: int | None = None
     """Bytes of scratch memory that the builder may plan with; None: no limit."""
+    plugins: Sequence[str] = ()
+    """Libraries of plugins that the engine may use."""
 
 
 @dataclass

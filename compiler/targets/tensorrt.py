@@ -74,6 +74,7 @@ class TensorRT:
             profiles=[input_shapes(graph, profile) for profile in request.profiles],
             compute_capabilities=capabilities,
             workspace=request.workspace,
+            plugins=list(request.plugins),
         )
         try:
             known = tensorrt_process.run(job, progress)

@@ -33,6 +33,7 @@ class BuildJob(TypedDict):
     profiles: list[Shapes]
     compute_capabilities: list[int]
     workspace: int | None
+    plugins: list[str]
 
 
 class OperatorsJob(TypedDict):
@@ -159,10 +160,13 @@ def build(job: BuildJob, phase: Phase) -> dict[str, object]:
     except TypeError:  # what the bindings make of a null pointer
         raise RefusedError(log.errors([]) or [_problem("the builder does not start, and gives no reason")]) from None
     builder.max_threads = 1  # more of them make the engine's bytes differ from build to build
-    network = builder.create_network(_network_flags(trt))
+    if job["plugins"]:
+        phase("compiling kernels for plugins")
+        _register_plugins(trt, job["compute_capabilities"][0])
+    network = builder.create_network(_network_flags(trt, bool(job["plugins"])))
     parser = trt.OnnxParser(network, logger)
     phase(f"parsing {Path(job['model']).name}")
-    _parse(parser, network, job["model"], log)
+    _parse(parser, network, job, log)
     config = _configure(trt, job, builder, network)
     names = ", ".join(f"SM{sm}" for sm in job["compute_capabilities"])
     phase(f"building for {names}")
@@ -182,8 +186,26 @@ def _load(kind: Kind) -> Any:
         raise RefusedError([_problem(f"{PRODUCT[kind]} is installed, but does not load: {error}")]) from error
 
 
-def _parse(parser: Any, network: Any, model: str, log: Log) -> None:
-    parsed = parser.parse_from_file(model)
+def _register_plugins(trt: Any, capability: int) -> None:
+    from llmc.compiler.targets import tensorrt_plugins
+
+    try:
+        tensorrt_plugins.register(trt, capability)
+    except ImportError as error:
+        text = f"plugins need {error.name}: pip install 'llmc-compiler[kernels]', or leave target.plugins out"
+        raise RefusedError([_problem(text)]) from error
+
+
+def _parse(parser: Any, network: Any, job: BuildJob, log: Log) -> None:
+    if job["plugins"]:
+        import onnx
+
+        from llmc.compiler.targets.tensorrt_plugins import for_parser
+
+        model = for_parser(onnx.load(job["model"], load_external_data=False))
+        parsed = parser.parse(model.SerializeToString(), job["model"])
+    else:
+        parsed = parser.parse_from_file(job["model"])
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     problems = [
         Problem(
@@ -294,10 +316,11 @@ def _logger(trt: Any, log: Log) -> Any:
     return Logger()
 
 
-def _network_flags(trt: Any) -> int:
-    """Strongly typed, where that still has to be asked for."""
-    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    return 0 if flag is None else 1 << int(flag)
+def _network_flags(trt: Any, plugins: bool) -> int:
+    """Strongly typed, where that still has to be asked for; plugins compiled ahead of time, where there are any."""
+    names = ["STRONGLY_TYPED", *["PREFER_AOT_PYTHON_PLUGINS"] * plugins]
+    flags = [getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in names]
+    return sum(1 << int(flag) for flag in flags if flag is not None)
 
 
 def _problem(text: str) -> Problem:

@@ -13,7 +13,18 @@ _MAGIC = tl.constexpr(12582912.0)
 
 @triton.jit
 def add_rmsnorm_quantize(
-    x, residual, weight, scale, total, quantized, D, x_row, residual_row, epsilon, BLOCK: tl.constexpr
+    x,
+    residual,
+    weight,
+    scale,
+    zero_point,
+    D,
+    x_row,
+    residual_row,
+    total,
+    quantized,
+    EPSILON: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """A row [D] of each tensor; x and residual have rows of any stride, the results are contiguous."""
     row = tl.program_id(0).to(tl.int64)
@@ -24,7 +35,7 @@ def add_rmsnorm_quantize(
     rounded = added.to(total.dtype.element_ty)
     tl.store(total + row * D + column, rounded, mask=inside)
     wide = rounded.to(tl.float32)
-    root = tl.sqrt_rn(tl.sum(wide * wide, axis=0) / D + epsilon)
+    root = tl.sqrt_rn(tl.sum(wide * wide, axis=0) / D + EPSILON)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     levels = tl.div_rn(tl.div_rn(wide, root) * factor, tl.load(scale))
     if quantized.dtype.element_ty == tl.int8:
@@ -34,19 +45,29 @@ def add_rmsnorm_quantize(
     tl.store(quantized + row * D + column, levels.to(quantized.dtype.element_ty), mask=inside)
 
 
+def constants(depth: int, epsilon: float) -> dict[str, Any]:
+    return {"EPSILON": epsilon, "BLOCK": triton.next_power_of_2(depth)}
+
+
 def options(block: int) -> dict[str, int]:
     """Eight values a thread, up to sixteen warps."""
     return {"num_warps": min(16, max(1, block // 256))}
 
 
+def plan(rows: Any, depth: int, x_row: Any, residual_row: Any, epsilon: float) -> tuple[Any, ...]:
+    """The grid, the numbers between inputs and outputs, constants, and options of the compiler."""
+    sizes = constants(depth, epsilon)
+    return (rows,), (depth, x_row, residual_row), sizes, options(sizes["BLOCK"])
+
+
 BLOCKS = (512, 2048, 4096, 8192)
-VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, int], dict[str, int], int]] = {
+VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int], int]] = {
     f"{dtype} → {quantized}, D ≤ {block}": (
         add_rmsnorm_quantize,
         dict.fromkeys(("x", "residual", "weight"), f"*{dtype}")
-        | {"scale": "*fp32", "total": f"*{dtype}", "quantized": f"*{quantized}"}
-        | {"D": "i32", "x_row": "i32", "residual_row": "i32", "epsilon": "fp32"},
-        {"BLOCK": block},
+        | {"scale": "*fp32", "zero_point": f"*{quantized}", "total": f"*{dtype}", "quantized": f"*{quantized}"}
+        | dict.fromkeys(["D", "x_row", "residual_row"], "i32"),
+        constants(block, 1e-6),
         options(block),
         least,
     )
@@ -57,11 +78,12 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, int], dict[str, int], i
 """What is shipped → kernel, types of its arguments, constants, options of the compiler, the least SM that has it."""
 
 
-def launch(x: Any, residual: Any, weight: Any, scale: Any, total: Any, quantized: Any, *, epsilon: float) -> None:
+KERNEL = add_rmsnorm_quantize
+
+
+def launch(
+    x: Any, residual: Any, weight: Any, scale: Any, zero_point: Any, total: Any, quantized: Any, *, epsilon: float
+) -> None:
     """Write total and quantized [rows, D], contiguous, of x and residual [rows, D]; torch's tensors, scale of one."""
-    rows, depth = x.shape
-    block = triton.next_power_of_2(depth)
-    add_rmsnorm_quantize[(rows,)](
-        x, residual, weight, scale, total, quantized, depth, x.stride(0), residual.stride(0), epsilon,
-        BLOCK=block, **options(block),
-    )  # fmt: skip
+    grid, numbers, sizes, flags = plan(*x.shape, x.stride(0), residual.stride(0), epsilon)
+    add_rmsnorm_quantize[grid](x, residual, weight, scale, zero_point, *numbers, total, quantized, **sizes, **flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -15,7 +16,6 @@ def codebook_matmul(
     x,
     packed,
     codebook,
-    y,
     M,
     N,
     K,
@@ -25,6 +25,7 @@ def codebook_matmul(
     rows_of_group,
     depth_of_block,
     blocks,
+    y,
     BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -57,6 +58,21 @@ def blocks(bits: int) -> dict[str, int]:
 
 
 OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+def plan(
+    rows: Any, count: Any, depth: Any, strides: Sequence[Any], codebook: Sequence[Any], bits: int
+) -> tuple[Any, ...]:
+    """The grid, the numbers between inputs and outputs, constants, and options of the compiler.
+
+    `strides` of a row of x, of a column of x and of a row of y; `codebook` is the shape.
+    """
+    sizes, (groups, columns, _) = blocks(bits), codebook
+    m, n = sizes["BLOCK_M"], sizes["BLOCK_N"]
+    numbers = (rows, count, depth, *strides, count // groups, depth // columns, columns)
+    return ((count + n - 1) // n, (rows + m - 1) // m), numbers, sizes, OPTIONS
+
+
 VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, int], dict[str, int], int]] = {
     f"{dtype}, {bits} bits": (
         codebook_matmul,
@@ -74,15 +90,14 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, int], dict[str, int], i
 """What is shipped → kernel, types of its arguments, constants, options of the compiler, the least SM that has it."""
 
 
+KERNEL = codebook_matmul
+
+
 def launch(x: Any, packed: Any, codebook: Any, y: Any, *, bits: int) -> None:
     """Write y [M, N], of x [M, K] with any strides, packed [N, words] and codebook [R, C, 2^bits]; torch's tensors.
 
     The last axis of y is contiguous.
     """
-    (rows, depth), (groups, columns, _) = x.shape, codebook.shape
-    count, sizes = packed.shape[0], blocks(bits)
-    grid = (triton.cdiv(count, sizes["BLOCK_N"]), triton.cdiv(rows, sizes["BLOCK_M"]))
-    codebook_matmul[grid](
-        x, packed, codebook, y, rows, count, depth, x.stride(0), x.stride(1), y.stride(0),
-        count // groups, depth // columns, columns, **sizes, **OPTIONS,
-    )  # fmt: skip
+    strides = (*x.stride(), y.stride(0))
+    grid, numbers, sizes, flags = plan(x.shape[0], packed.shape[0], x.shape[1], strides, codebook.shape, bits)
+    codebook_matmul[grid](x, packed, codebook, *numbers, y, **sizes, **flags)

@@ -13,16 +13,16 @@ def dequant_gemv(
     x,
     weight,
     scale,
-    y,
     N,
     K,
     x_row,
     y_row,
     block,
+    y,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y [M, N] = x [M, K] · Wᵀ, a program for each row of x and BLOCK_N rows of W; weight uint8 [N, K / 2], low nibble
+    """y [M, N] = x [M, K] · Wᵀ, a program for each row of x and BLOCK_N rows of W; weight int8 [N, K / 2], low nibble
     first. Columns of x and y are contiguous."""
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -44,10 +44,18 @@ def dequant_gemv(
 
 SIZES = {"BLOCK_N": 8, "BLOCK_K": 256}
 OPTIONS = {"num_warps": 4, "num_stages": 2}
+
+
+def plan(rows: Any, count: Any, depth: Any, x_row: Any, y_row: Any, block: int) -> tuple[Any, ...]:
+    """The grid, the numbers between inputs and outputs, constants, and options of the compiler."""
+    size = SIZES["BLOCK_N"]
+    return ((count + size - 1) // size, rows), (count, depth, x_row, y_row, block), SIZES, OPTIONS
+
+
 VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, int], dict[str, int], int]] = {
     dtype: (
         dequant_gemv,
-        {"x": f"*{dtype}", "weight": "*u8", "scale": f"*{dtype}", "y": f"*{dtype}"}
+        {"x": f"*{dtype}", "weight": "*i8", "scale": f"*{dtype}", "y": f"*{dtype}"}
         | dict.fromkeys(["N", "K", "x_row", "y_row", "block"], "i32"),
         SIZES,
         OPTIONS,
@@ -58,10 +66,12 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, int], dict[str, int], i
 """What is shipped → kernel, types of its arguments, constants, options of the compiler, the least SM that has it."""
 
 
+KERNEL = dequant_gemv
+
+
 def launch(x: Any, weight: Any, scale: Any, y: Any, *, block: int) -> None:
-    """Write y [M, N], of x [M, K], weight uint8 [N, K / 2] with the first of two values in the low nibble, and scale
+    """Write y [M, N], of x [M, K], weight int8 [N, K / 2] with the first of two values in the low nibble, and scale
     [N, K / block]; torch's tensors. The last axes of x and y are contiguous."""
     (rows, depth), count = x.shape, weight.shape[0]
-    dequant_gemv[(triton.cdiv(count, SIZES["BLOCK_N"]), rows)](
-        x, weight, scale, y, count, depth, x.stride(0), y.stride(0), block, **SIZES, **OPTIONS
-    )
+    grid, numbers, sizes, flags = plan(rows, count, depth, x.stride(0), y.stride(0), block)
+    dequant_gemv[grid](x, weight, scale, *numbers, y, **sizes, **flags)

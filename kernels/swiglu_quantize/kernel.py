@@ -12,7 +12,7 @@ _MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def swiglu_quantize(gate, up, scale, quantized, D, gate_row, up_row, BLOCK: tl.constexpr):
+def swiglu_quantize(gate, up, scale, zero_point, D, gate_row, up_row, quantized, BLOCK: tl.constexpr):
     """A part of a row [D]; gate and up have rows of any stride, the result is contiguous."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -29,10 +29,18 @@ def swiglu_quantize(gate, up, scale, quantized, D, gate_row, up_row, BLOCK: tl.c
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4}
+
+
+def plan(rows: Any, depth: Any, gate_row: Any, up_row: Any) -> tuple[Any, ...]:
+    """The grid, the numbers between inputs and outputs, constants, and options of the compiler."""
+    return (rows, (depth + BLOCK - 1) // BLOCK), (depth, gate_row, up_row), {"BLOCK": BLOCK}, OPTIONS
+
+
 VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, int], dict[str, int], int]] = {
     f"{dtype} → {quantized}": (
         swiglu_quantize,
-        {"gate": f"*{dtype}", "up": f"*{dtype}", "scale": "*fp32", "quantized": f"*{quantized}"}
+        {"gate": f"*{dtype}", "up": f"*{dtype}", "scale": "*fp32"}
+        | dict.fromkeys(["zero_point", "quantized"], f"*{quantized}")
         | dict.fromkeys(["D", "gate_row", "up_row"], "i32"),
         {"BLOCK": BLOCK},
         OPTIONS,
@@ -44,9 +52,10 @@ VARIANTS: dict[str, tuple[Any, dict[str, str], dict[str, int], dict[str, int], i
 """What is shipped → kernel, types of its arguments, constants, options of the compiler, the least SM that has it."""
 
 
-def launch(gate: Any, up: Any, scale: Any, quantized: Any) -> None:
+KERNEL = swiglu_quantize
+
+
+def launch(gate: Any, up: Any, scale: Any, zero_point: Any, quantized: Any) -> None:
     """Write quantized [rows, D], contiguous, of gate and up [rows, D]; torch's tensors, scale of one."""
-    rows, depth = gate.shape
-    swiglu_quantize[(rows, triton.cdiv(depth, BLOCK))](
-        gate, up, scale, quantized, depth, gate.stride(0), up.stride(0), BLOCK=BLOCK, **OPTIONS
-    )
+    grid, numbers, sizes, flags = plan(*gate.shape, gate.stride(0), up.stride(0))
+    swiglu_quantize[grid](gate, up, scale, zero_point, *numbers, quantized, **sizes, **flags)

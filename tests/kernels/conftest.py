@@ -62,15 +62,17 @@ class Interpreter:
         inputs: Mapping[str, Array],
         outputs: Mapping[str, tuple[Sequence[int], Any]],
         columns: Mapping[str, int] | None = None,
+        plugin: bool = False,
         **attributes: Any,
     ) -> dict[str, Array]:
         """What `kernels/<operator>/kernel.py` writes to `outputs`: name → shape and dtype.
 
-        `columns`: input → how many elements apart its columns are, and its rows one further.
+        `columns`: input → how many elements apart its columns are, and its rows one further. `plugin`: as TensorRT
+        launches it.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        pickle.dump((operator, dict(inputs), dict(outputs), columns or {}, attributes), self.process.stdin)
+        pickle.dump((operator, dict(inputs), dict(outputs), columns or {}, attributes, plugin), self.process.stdin)
         self.process.stdin.flush()
         result = pickle.load(self.process.stdout)
         assert not isinstance(result, str), result
@@ -109,15 +111,18 @@ def builds(tmp_path: Path) -> Callable[[Graph], Built]:
 
 @pytest.fixture(scope="session")
 def nearest_levels() -> Callable[..., None]:
-    """Assert that each level is a nearest one to its value, itself known to `relative` parts of it, and saturated."""
+    """Assert that each level is a nearest one to its value, itself known to `relative` parts of it, and saturated.
 
-    def nearest_levels(levels: Array, values: Array, relative: float) -> None:
+    Besides those parts a value may be off by `absolute`.
+    """
+
+    def nearest_levels(levels: Array, values: Array, relative: float, absolute: Array | float = 1e-9) -> None:
         largest = 127.0 if levels.dtype == np.int8 else 448.0
         wanted = np.clip(values, -128 if levels.dtype == np.int8 else -largest, largest)
         # int8: half a step. E4M3: half of the last of three bits, and half of 2^-9 among subnormal numbers.
         step = 0.5 if levels.dtype == np.int8 else np.maximum(np.abs(wanted) * 2.0**-4, 2.0**-10)
         off = np.abs(levels.astype(np.float64) - wanted)
-        assert (off <= step + np.abs(values) * relative + 1e-9).all(), off.max()
+        assert (off <= step + np.abs(values) * relative + absolute).all(), off.max()
 
     return nearest_levels
 

@@ -1,8 +1,9 @@
 """A process that runs GPU kernels in Triton's interpreter, on the CPU: triton has to know before it is imported.
 
 Jobs come in on standard input, results go out on standard output, both pickled. A job is (folder of the operator,
-inputs by name, outputs by name as (shape, dtype), stride of columns, attributes); a result is the outputs by name, or
-the text of an exception. Outputs are poisoned before the kernel runs, and so is what lies between strided inputs.
+inputs by name, outputs by name as (shape, dtype), stride of columns, attributes, whether as a TensorRT plugin); a
+result is the outputs by name, or the text of an exception. Outputs are poisoned before the kernel runs, and so is what
+lies between strided inputs.
 """
 
 from __future__ import annotations
@@ -59,11 +60,27 @@ def run(
     outputs: Mapping[str, tuple[Sequence[int], np.dtype[Any]]],
     columns: Mapping[str, int],
     attributes: Mapping[str, Any],
+    plugin: bool,
 ) -> dict[str, np.ndarray[Any, Any]]:
     given = {n: strided(v, columns[n]) if n in columns else tensor(v) for n, v in inputs.items()}
     made = {name: poisoned(shape, np.dtype(dtype)) for name, (shape, dtype) in outputs.items()}
-    importlib.import_module(f"llmc.kernels.{operator}.kernel").launch(**given, **made, **attributes)
+    if plugin:
+        as_a_plugin(operator, given, made, attributes)
+    else:
+        importlib.import_module(f"llmc.kernels.{operator}.kernel").launch(**given, **made, **attributes)
     return {name: array(value, np.dtype(outputs[name][1])) for name, value in made.items()}
+
+
+def as_a_plugin(
+    operator: str, given: Mapping[str, Any], made: Mapping[str, Any], attributes: Mapping[str, Any]
+) -> None:
+    """Launch a kernel as TensorRT does: inputs in the order of the schema, numbers, outputs, all without gaps."""
+    spec, plugin = (importlib.import_module(f"llmc.kernels.{operator}.{module}") for module in ("spec", "plugin"))
+    inputs = [given[formal.name].contiguous() for formal in spec.SCHEMA.inputs]
+    shapes = [tuple(tensor.shape) for tensor in inputs]
+    assert [*map(tuple, plugin.results(*shapes))] == [tuple(tensor.shape) for tensor in made.values()]
+    grid, numbers, constants, options = plugin.launch(*shapes, **attributes)
+    plugin.KERNEL[grid](*inputs, *numbers, *made.values(), **constants, **options)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ EPSILON = 1e-5
 RELATIVE = {"float32": 2.0**-18, "float16": 2.0**-9, "bfloat16": 2.0**-6}
 """What rounding the sum to its type, and a dozen float32 operations on it, may move a value by."""
 LEVELS = (np.int8, ml_dtypes.float8_e4m3fn)
+WAYS = ("contiguous", "padded", "plugin")
+"""How inputs lie in memory; or without gaps, and launched as TensorRT launches a plugin."""
 
 
 @st.composite
@@ -82,15 +84,15 @@ def test_an_engine_is_built_through_the_body(
 
 
 @settings(deadline=None, max_examples=15)
-@given(problem=problems(), padded=st.booleans())
+@given(problem=problems(), way=st.sampled_from(WAYS))
 def test_the_kernel_is_the_reference(
-    interpreter: Any, nearest_levels: Any, problem: dict[str, Array], padded: bool
+    interpreter: Any, nearest_levels: Any, problem: dict[str, Array], way: str
 ) -> None:
     total, scaled = values(problem)
     outputs = {"total": (total.shape, total.dtype), "quantized": (total.shape, np.int8)}
-    inputs = problem | {"scale": problem["scale"].reshape(1)}
-    columns = {"x": 1, "residual": 1} if padded else {}
-    found = interpreter("add_rmsnorm_quantize", inputs, outputs, columns, epsilon=EPSILON)
+    inputs = problem | {"scale": problem["scale"].reshape(1), "zero_point": np.zeros(1, np.int8)}
+    columns = {"x": 1, "residual": 1} if way == "padded" else {}
+    found = interpreter("add_rmsnorm_quantize", inputs, outputs, columns, way == "plugin", epsilon=EPSILON)
     np.testing.assert_array_equal(found["total"], total)
     nearest_levels(found["quantized"], scaled, RELATIVE["float32"])
 
@@ -99,7 +101,8 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone(interpreter: Any, near
     x = np.random.default_rng(0).standard_normal((3, 9)).astype(np.float32)
     x[1, 4] = np.nan
     problem = {"x": x, "residual": np.zeros_like(x), "weight": np.ones(9, np.float32), "scale": np.float32([0.02])}
+    zero_point = np.zeros(1, np.int8)
     outputs = {"total": (x.shape, x.dtype), "quantized": (x.shape, np.int8)}
-    found = interpreter("add_rmsnorm_quantize", problem, outputs, epsilon=EPSILON)
+    found = interpreter("add_rmsnorm_quantize", problem | {"zero_point": zero_point}, outputs, epsilon=EPSILON)
     np.testing.assert_array_equal(found["total"], x)
     nearest_levels(found["quantized"][::2], values(problem)[1][::2], RELATIVE["float32"])

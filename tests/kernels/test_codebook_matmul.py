@@ -110,16 +110,17 @@ def test_reports_know_it_as_a_product(one_node: Any) -> None:
 
 
 @settings(deadline=None, max_examples=15)
-@given(problems(), st.sampled_from([None, 1, 2, 3]))
+@given(problems(), st.sampled_from([None, 1, 2, 3, "plugin"]))
 def test_the_kernel_is_the_reference(
-    interpreter: Any, problem: tuple[int, dict[str, Array]], columns: int | None
+    interpreter: Any, problem: tuple[int, dict[str, Array]], columns: int | str | None
 ) -> None:
     bits, tensors = problem
-    x = tensors["x"].reshape(-1, tensors["x"].shape[-1])
+    plugin, x = columns == "plugin", tensors["x"]
+    x = x if plugin else x.reshape(-1, x.shape[-1])
     tensors = {**tensors, "x": x}
-    outputs = {"y": ((len(x), len(tensors["packed"])), x.dtype)}
-    strides = {} if columns is None else {"x": columns}
-    found = interpreter("codebook_matmul", tensors, outputs, strides, bits=bits)["y"].astype(np.float64)
+    outputs = {"y": ((*x.shape[:-1], len(tensors["packed"])), x.dtype)}
+    strides = {"x": columns} if isinstance(columns, int) else {}
+    found = interpreter("codebook_matmul", tensors, outputs, strides, plugin, bits=bits)["y"].astype(np.float64)
     assert (np.abs(found - reference(**tensors, bits=bits)) <= bound(**tensors, bits=bits)).all()
 
 

@@ -15,6 +15,8 @@ from llmc.passes.graph import Array
 RELATIVE = 2.0**-18
 """What a dozen float32 operations may move a value by."""
 LEVELS = (np.int8, ml_dtypes.float8_e4m3fn)
+WAYS = ("contiguous", "padded", "plugin")
+"""How inputs lie in memory; or without gaps, and launched as TensorRT launches a plugin."""
 
 
 @st.composite
@@ -61,14 +63,15 @@ def test_an_engine_is_built_through_the_body(
 
 
 @settings(deadline=None, max_examples=15)
-@given(problem=problems(), padded=st.booleans())
+@given(problem=problems(), way=st.sampled_from(WAYS))
 def test_the_kernel_is_the_reference(
-    interpreter: Any, nearest_levels: Any, problem: dict[str, Array], padded: bool
+    interpreter: Any, nearest_levels: Any, problem: dict[str, Array], way: str
 ) -> None:
     """In Triton's interpreter, whose conversions to E4M3 are not those of a GPU: int8 alone."""
-    inputs = problem | {"scale": problem["scale"].reshape(1)}
-    columns = {"gate": 1, "up": 1} if padded else {}
-    found = interpreter("swiglu_quantize", inputs, {"quantized": (problem["gate"].shape, np.int8)}, columns)
+    inputs = problem | {"scale": problem["scale"].reshape(1), "zero_point": np.zeros(1, np.int8)}
+    columns = {"gate": 1, "up": 1} if way == "padded" else {}
+    outputs = {"quantized": (problem["gate"].shape, np.int8)}
+    found = interpreter("swiglu_quantize", inputs, outputs, columns, way == "plugin")
     nearest_levels(found["quantized"], values(problem), RELATIVE)
 
 
@@ -76,5 +79,7 @@ def test_infinite_values_saturate(interpreter: Any) -> None:
     gate = np.float32([[np.inf, np.inf, -200.0, 3e38, 1.0]])
     up = np.float32([[1.0, -1.0, 1.0, -1.0, 0.0]])
     outputs = {"quantized": (gate.shape, np.int8)}
-    found = interpreter("swiglu_quantize", {"gate": gate, "up": up, "scale": np.float32([0.02])}, outputs)
+    scale, zero_point = np.float32([0.02]), np.zeros(1, np.int8)
+    given = {"gate": gate, "up": up, "scale": scale, "zero_point": zero_point}
+    found = interpreter("swiglu_quantize", given, outputs)
     assert found["quantized"].tolist() == [[127, -128, 0, -128, 0]]

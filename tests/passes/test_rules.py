@@ -141,8 +141,8 @@ def run(graph: Graph, feeds: dict[str, Array]) -> dict[str, Array]:
 @pytest.mark.parametrize(("rule", "choice", "variant"), cases())
 def test_rule_keeps_the_numbers(rule: Rewrite, choice: tuple[int, ...], variant: Variant, random_feeds: Any) -> None:
     # bfloat16 came to the last operators with opset 22.
-    newest = max(rule.opset, 22 if variant.dtype == "bfloat16" else 13)
-    for opset in sorted({13, 18, newest} if variant.dtype == "float32" else {newest}):
+    newest = max(rule.opset, rule.since, 22 if variant.dtype == "bfloat16" else 13)
+    for opset in sorted(n for n in {13, 18, newest} if n == newest or (rule.since <= n and variant.dtype == "float32")):
         seed = zlib.crc32(f"{rule.name}{choice}{opset}".encode())
         graph = build(rule, choice, variant, opset, seed)
         feeds = random_feeds(build(rule, choice, Variant(variant.dtype), opset, seed), seed)

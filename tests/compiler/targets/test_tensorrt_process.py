@@ -143,6 +143,7 @@ def test_a_worker_whose_parent_is_gone_ends_and_takes_its_file_along(model: Path
         profiles=[],
         compute_capabilities=[89],
         workspace=None,
+        plugins=[],
     )
     with subprocess.Popen(_WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         assert worker.stdin is not None

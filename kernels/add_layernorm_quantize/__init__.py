@@ -1,0 +1,1 @@
+"""AddLayerNormQuantize: residual add, layer normalization and quantization in one pass over memory."""
