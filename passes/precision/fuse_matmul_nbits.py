@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx
@@ -16,7 +16,6 @@ from llmc.passes.graph import (
     Derived,
     Graph,
     Node,
-    Tensor,
     Variable,
     dtype_name,
     fresh_names,
@@ -28,7 +27,13 @@ from llmc.passes.graph import (
     scopes,
 )
 from llmc.passes.placement import Placement
-from llmc.passes.precision.qdq import producer
+from llmc.passes.precision.weight_blocks import (
+    WeightBlocks,
+    bias_of,
+    dequantized_weight,
+    is_transposed,
+    problem_of_axis,
+)
 
 MICROSOFT = "com.microsoft"
 BITS: dict[int, tuple[int, int]] = {
@@ -70,7 +75,7 @@ class FuseMatmulNbits(Pass):
         for scope in scopes(graph):
             placement = Placement(scope, given_back)
             for node in list(scope.nodes):
-                dequantize = _dequantized_weight(node)
+                dequantize = dequantized_weight(node)
                 if dequantize is None:
                     continue
                 problem = _problem(node, dequantize)
@@ -91,7 +96,7 @@ class FuseMatmulNbits(Pass):
         name = dequantize.inputs[0].name
         scale = Constant(fresh(f"{name}_scales"), layout.scales())
         inputs = [node.inputs[0], Constant(fresh(f"{name}_packed"), layout.packed()), scale]
-        zero, bias = layout.zero_points(), _bias(node)
+        zero, bias = layout.zero_points(), bias_of(node)
         if zero is not None:
             inputs.append(Constant(fresh(f"{name}_zero_points"), zero))
         if bias is not None:
@@ -105,52 +110,30 @@ class FuseMatmulNbits(Pass):
         return made
 
 
-def _dequantized_weight(node: Node) -> Node | None:
-    """The DequantizeLinear of constants in blocks that a product has as its second factor."""
-    if node.op not in ("MatMul", "Gemm") or node.domain:
-        return None
-    found = producer(node.inputs[1], "DequantizeLinear")
-    if found is None or not all(isinstance(tensor, Constant) for tensor in found.inputs):
-        return None
-    return found if found.attrs.get("block_size", 0) else None
-
-
 def _problem(node: Node, dequantize: Node) -> str | None:
     """Why MatMulNBits cannot say this product."""
-    levels, block, axis = dequantize.inputs[0], dequantize.attrs["block_size"], dequantize.attrs.get("axis", 1)
-    transposed = node.op == "Gemm" and bool(node.attrs.get("transB", 0))
-    if len(levels.shape) != 2:
-        return f"its weight has {len(levels.shape)} axes"
-    if axis % 2 != int(transposed):
-        return "the blocks of its weight do not run along the axis that is summed"
+    problem = problem_of_axis(node, dequantize)
+    if problem is not None:
+        return problem
+    levels, block = dequantize.inputs[0], dequantize.attrs["block_size"]
     if onnx_dtype(levels) not in BITS:
         return f"its weight is {dtype_name(onnx_dtype(levels))}"
     if block < SMALLEST or block & (block - 1):
         return f"its blocks are of {block} values; ONNX Runtime takes powers of 2 from {SMALLEST}"
     if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0:
         return "it transposes or scales its first factor"
-    bias, channels = _bias(node), levels.shape[0 if transposed else 1]
+    bias, channels = bias_of(node), levels.shape[0 if is_transposed(node) else 1]
     if bias is not None and (node.attrs.get("beta", 1.0) != 1.0 or tuple(bias.shape or ()) != (channels,)):
         return "its bias is not one number for each output channel"
     return None
 
 
-def _bias(node: Node) -> Tensor | None:
-    given = node.inputs[2] if node.op == "Gemm" and len(node.inputs) > 2 else None
-    return None if given is None or given.is_empty() else given
-
-
-class _Layout:
-    """A weight dequantized in blocks, as MatMulNBits has it: a row for each output channel."""
+class _Layout(WeightBlocks):
+    """A weight dequantized in blocks, as MatMulNBits has it."""
 
     def __init__(self, node: Node, dequantize: Node) -> None:
-        self.levels, self.scale, *rest = (cast(Constant, tensor).copy() for tensor in dequantize.inputs)
-        self.zero = rest[0] if rest else None
-        self.transposed = node.op == "Gemm" and bool(node.attrs.get("transB", 0))
-        self.block: int = dequantize.attrs["block_size"]
+        super().__init__(node, dequantize)
         self.bits, self.offset = BITS[onnx_dtype(self.levels)]
-        depth, rows = self.levels.shape[::-1] if self.transposed else self.levels.shape
-        self.depth, self.rows = int(depth), int(rows)
 
     def packed(self) -> Derived:
         """uint8 [rows, blocks, bytes of a block]; computed whenever it is asked for."""
@@ -164,10 +147,6 @@ class _Layout:
             rows = np.pad(rows, ((0, 0), (0, short)))
         return _pack(rows) if self.bits == 4 else rows
 
-    def scales(self) -> Array:
-        """[rows, blocks]."""
-        return self._rows(load_values(self.scale))
-
     def zero_points(self) -> Array | None:
         """uint8 [rows, bytes of a row]; None where they are in the middle, which is what MatMulNBits takes then."""
         if self.zero is None and self.offset:
@@ -178,10 +157,7 @@ class _Layout:
         return _pack(np.pad(values, ((0, 0), (0, values.shape[-1] % 2)))) if self.bits == 4 else values
 
     def _unsigned(self, levels: Constant) -> Array:
-        return (self._rows(load_values(levels)).astype(np.int16) + self.offset).astype(np.uint8)
-
-    def _rows(self, values: Array) -> Array:
-        return np.ascontiguousarray(values if self.transposed else values.T)
+        return (self.by_rows(load_values(levels)).astype(np.int16) + self.offset).astype(np.uint8)
 
 
 def _pack(values: Array) -> Array:

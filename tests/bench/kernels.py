@@ -1,9 +1,12 @@
-"""What the GPU kernels of kernels/ need of each GPU: compiled ahead of time, on a machine without one.
+"""What the GPU kernels of kernels/ need of each GPU, compiled ahead of time on a machine without one; and their times.
 
     python tests/bench/kernels.py [--operator codebook_matmul] [--sm 80 86 89 90 120] > docs/kernels.md
+    python tests/bench/kernels.py --times [--operator codebook_matmul]
 
 Registers a thread, bytes of shared memory a program, and bytes of stack, which are 0 where no register is spilled, as
-the cuobjdump that triton brings reads them from the machine code. Nothing is run: times need a GPU.
+the cuobjdump that triton brings reads them from the machine code. `--times` needs a GPU: milliseconds, the share of the
+bandwidth that a copy of as many bytes reaches in the same run (the roofline of what only moves memory), and the time
+over that of `torch.compile`.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ def table(
     yield "# Kernels, as they are compiled\n"
     yield f"By `python tests/bench/kernels.py`, with triton {triton.__version__}. Each cell is registers a thread /"
     yield "bytes of shared memory / bytes of stack; no stack means that no register is spilled. They have not been run"
-    yield "on a GPU: there are no times.\n"
+    yield "on a GPU: `python tests/bench/kernels.py --times` gives times on one.\n"
     yield "| Kernel | " + " | ".join(f"SM{sm}" for sm in capabilities) + " |"
     yield "|---|" + "---|" * len(capabilities)
     for operator, name, found in rows:
@@ -72,11 +75,50 @@ def table(
         yield f"| {operator}, {name} | " + " | ".join(cells) + " |"
 
 
+def times(operators: Sequence[str]) -> Iterator[str]:
+    import torch
+
+    yield f"On {torch.cuda.get_device_name()}, with triton {triton.__version__} and torch {torch.__version__}.\n"
+    yield "| Kernel | Shape | ms | GB/s | Of a copy | Over torch.compile |"
+    yield "|---|---|---|---|---|---|"
+    for path in sorted(KERNELS.glob("*/bench.py")):
+        if not operators or path.parent.name in operators:
+            for shape, found in measured(path.parent.name):
+                cells = f"{found['ms']:.4f} | {found['gb_s']:.0f} | {found['of_copy']:.2f} | {found['over_torch']:.2f}"
+                yield f"| {path.parent.name} | {' × '.join(map(str, shape))} | {cells} |"
+
+
+def measured(operator: str) -> Iterator[tuple[tuple[int, ...], dict[str, float]]]:
+    """Of each shape of an operator's bench.py: ms, gb_s, of_copy and over_torch, on the GPU of this machine."""
+    import torch
+    from triton.testing import do_bench
+
+    bench, kernel = (importlib.import_module(f"llmc.kernels.{operator}.{name}") for name in ("bench", "kernel"))
+    peer = torch.compile(bench.in_torch)
+    for shape in bench.SHAPES:
+        given, made = bench.inputs(*shape, "cuda"), bench.outputs(*shape, "cuda")
+        count = bench.moved(*shape)
+        source = torch.empty(count // 2, dtype=torch.int8, device="cuda")
+        target = torch.empty_like(source)
+
+        def ours(given: Any = given, made: Any = made) -> None:
+            kernel.launch(**given, **made, **bench.ATTRIBUTES)
+
+        ms = do_bench(ours)
+        copy = do_bench(lambda s=source, t=target: t.copy_(s))
+        torch_ms = do_bench(lambda g=given: peer(**g, **bench.ATTRIBUTES))
+        yield shape, {"ms": ms, "gb_s": count / ms / 1e6, "of_copy": copy / ms, "over_torch": ms / torch_ms}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--operator", action="append", default=[])
     parser.add_argument("--sm", type=int, nargs="+", default=CAPABILITIES)
+    parser.add_argument("--times", action="store_true")
     options = parser.parse_args()
+    if options.times:
+        print("\n".join(times(options.operator)))
+        return
     rows = [
         (operator, name, {sm: resources(variant, sm) for sm in options.sm if sm >= variant[4]})
         for operator, name, variant in variants(options.operator)
