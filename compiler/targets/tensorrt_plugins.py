@@ -12,7 +12,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import GenericAlias, ModuleType
 from typing import Any
 
 import onnx
@@ -119,10 +119,10 @@ class _Plugin:
         desc, trtp = self.trtp.TensorDesc, self.trtp
         inputs = [(formal.name, desc) for formal in self.schema.inputs]
         attributes = [(name, _python_type(given)) for name, given in sorted(self.schema.attributes.items())]
-        many = tuple[(desc,) * len(self.schema.outputs)]  # type: ignore[misc]
+        many = _tuple_of(*[desc] * len(self.schema.outputs))
         describe = _with_signature(self.describe, [*inputs, *attributes], many)
         trtp.register(name)(describe)
-        made = tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
+        made = _tuple_of(str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs)
         parameters = [*inputs, *attributes, ("outputs", many), ("tactic", int)]
         trtp.aot_impl(name)(_with_signature(self.compile, parameters, made))
 
@@ -201,6 +201,11 @@ def without_scratch(ptx: str, arguments: int) -> str:
 
 def _python_type(attribute: onnx.defs.OpSchema.Attribute) -> type:
     return {onnx.defs.OpSchema.AttrType.INT: int, onnx.defs.OpSchema.AttrType.FLOAT: float}[attribute.type]
+
+
+def _tuple_of(*types: Any) -> Any:
+    """`tuple[...]` of types that are known at run time alone."""
+    return GenericAlias(tuple, types)
 
 
 def _with_signature(

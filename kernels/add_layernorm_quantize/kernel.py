@@ -97,7 +97,8 @@ def launch(
     epsilon: float,
 ) -> None:
     """Write total and quantized [rows, D], contiguous, of x and residual [rows, D]; torch's tensors, scale of one."""
-    grid, numbers, sizes, flags = plan(*x.shape, x.stride(0), residual.stride(0), epsilon)
+    rows, depth = x.shape
+    grid, numbers, sizes, flags = plan(rows, depth, x.stride(0), residual.stride(0), epsilon)
     add_layernorm_quantize[grid](
         x, residual, weight, bias, scale, zero_point, *numbers, total, quantized, **sizes, **flags
     )

@@ -85,5 +85,6 @@ def launch(
     x: Any, residual: Any, weight: Any, scale: Any, zero_point: Any, total: Any, quantized: Any, *, epsilon: float
 ) -> None:
     """Write total and quantized [rows, D], contiguous, of x and residual [rows, D]; torch's tensors, scale of one."""
-    grid, numbers, sizes, flags = plan(*x.shape, x.stride(0), residual.stride(0), epsilon)
+    rows, depth = x.shape
+    grid, numbers, sizes, flags = plan(rows, depth, x.stride(0), residual.stride(0), epsilon)
     add_rmsnorm_quantize[grid](x, residual, weight, scale, zero_point, *numbers, total, quantized, **sizes, **flags)

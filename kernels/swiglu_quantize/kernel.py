@@ -57,5 +57,6 @@ KERNEL = swiglu_quantize
 
 def launch(gate: Any, up: Any, scale: Any, zero_point: Any, quantized: Any) -> None:
     """Write quantized [rows, D], contiguous, of gate and up [rows, D]; torch's tensors, scale of one."""
-    grid, numbers, sizes, flags = plan(*gate.shape, gate.stride(0), up.stride(0))
+    rows, depth = gate.shape
+    grid, numbers, sizes, flags = plan(rows, depth, gate.stride(0), up.stride(0))
     swiglu_quantize[grid](gate, up, scale, zero_point, *numbers, quantized, **sizes, **flags)
