@@ -78,14 +78,17 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: list[str]) -> None:
     folders = [
         ROOT / package.removeprefix("llmc.").replace(".", "/") for package in PROJECT["tool"]["setuptools"]["packages"]
     ]
-    files = {path for folder in folders for path in folder.iterdir() if path.is_file()}
+    folders += (ROOT / "kernels").glob("*/")
+    files = {path for folder in folders for path in folder.iterdir() if path.is_file()} - {ROOT / "kernels/README.md"}
     assert {f"llmc/{path.relative_to(ROOT).as_posix()}" for path in files} == {
         e for e in wheel if e.startswith("llmc/")
     }
 
 
 def test_every_folder_with_code_is_a_package() -> None:
-    folders = {source.parent.as_posix().replace("/", ".") for source in SOURCES}
+    """Operators need no line: their folders are all that is in kernels."""
+    folders = {source.parent.as_posix().replace("/", ".") for source in SOURCES if source.parts[0] != "kernels"}
+    folders.add("kernels")
     assert {f"llmc.{folder}" for folder in folders} == set(PROJECT["tool"]["setuptools"]["packages"])
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert not (ROOT / "conftest.py").exists()
@@ -154,13 +157,13 @@ def test_imports_point_one_way(source: Path) -> None:
             assert not inside(name, "llmc.compiler", "torch", "transformers"), f"{source} imports {name}"
         if room == "kernels":
             assert not inside(name, "llmc.compiler", "llmc.passes"), f"{source} imports {name}"
-        if room != "kernels" or source.name != "kernel.py":
+        if (room, source.name) not in (("kernels", "kernel.py"), ("compiler", "tensorrt_plugins.py")):
             assert not inside(name, "triton"), f"{source} imports {name}"
         if source.parts[:2] != ("compiler", "targets"):
             assert not inside(name, "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "polygraphy"), (
                 f"{source} imports {name}"
             )
-        if source.parts[:2] != ("compiler", "loaders"):
+        if source.parts[:2] != ("compiler", "loaders") and (room, source.name) != ("kernels", "bench.py"):
             assert not inside(name, "torch", "transformers"), f"{source} imports {name}"
 
 
@@ -168,6 +171,8 @@ def test_imports_point_one_way(source: Path) -> None:
 def test_heavy_packages_are_imported_when_they_are_needed(source: Path) -> None:
     if source.parent.name in ("loaders", "targets") and source.name != "__init__.py":
         return  # these modules are themselves imported only when they are needed
+    if (source.parts[0], source.name) == ("kernels", "bench.py"):
+        return  # nor this one, but where kernels are timed
     heavy = [name for name in imports(source, at_import_only=True) if inside(name, *HEAVY)]
     assert heavy == [], f"{source} imports these before anything is asked of it"
 
