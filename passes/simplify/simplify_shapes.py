@@ -117,8 +117,11 @@ class _Simplifier:
 
     def _sources(self, node: Node) -> list[Tensor]:
         """Tensors that have all the node's elements in their order, farthest first."""
-        if node.op == "Expand" or (node.op == "Slice" and takes_all(self.dims, node)):
+        if node.op == "Expand":
             return [node.inputs[0]]
+        if node.op == "Slice":  # one that the graph gives back must stay: as a Reshape it would be no better
+            gone = id(node.outputs[0]) not in self.given_back and takes_all(self.dims, node)
+            return [node.inputs[0]] if gone else []
         if node.op in ("Gather", "GatherND", "ScatterND"):
             whole = taken_whole(self.dims, node)
             found = [whole] if whole is not None else []

@@ -178,6 +178,10 @@ def test_twenty_thousand_graphs_compute_the_same(random_model: RandomModel, thou
 
 
 FOUND = {
+    "a Slice of everything that the graph gives back": (
+        "(float[N,4] x0, bool q) => (float[N,4] y) <int64[1] start = {-4}, int64[1] end = {2147483647}, "
+        "int64[1] last = {-1}, int64[1] one = {1}> { y = Slice(x0, start, end, last, one) }"
+    ),
     "a pattern of which one half stands in a subgraph": (
         "(float[N,4] x0, bool q) => (float[N,4] y) <float low = {-1}, float high = {0.5}> { a = Clip(x0, low)"
         ' y = If(q) <then_branch = t () => (float[N,4] z) { z = Clip(a, "", high) },'

@@ -167,6 +167,9 @@ LEAVES_ALONE = {
         "e = Constant<value = int64[1] {-9223372036854775808}>() y = Slice(x, last, e, row_axis, last)",
         "float[B,S,12] y",
     ),
+    "Slice of everything that the graph gives back": model(
+        SIZES[SIZES.index("s =") :] + "y = Slice(x, batch_axis, s, row_axis)", "float[B,S,12] y"
+    ),
     "Slice of as many as another axis has": model(
         "b = Shape<start=0, end=1>(x) y = Slice(x, batch_axis, b, row_axis)", "float[B,T,12] y"
     ),
