@@ -252,6 +252,10 @@ class Pass(BaseModel, ABC):
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Change `graph` in place and say what was done. Raises Skip, PassError or LlmcError."""
 
+    def conflict(self, earlier: Pass) -> str | None:  # noqa: ARG002 - for those that have one
+        """Why this pass must not stand after `earlier` in a recipe, as both are set; None where it may."""
+        return None
+
     @classmethod
     def key(cls) -> str:
         """The name in recipes: FuseGelu → 'fuse-gelu', QuantizeInt8 → 'quantize-int8'."""

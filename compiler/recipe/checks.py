@@ -29,6 +29,13 @@ def _check_order(passes: Mapping[int, Pass], source: Source) -> Iterator[Fault]:
             if places and places[0] > index:
                 line = source.line(("passes", places[0]))
                 yield Fault(("passes", index), f"{step.key()} must stand after {earlier} (line {line})")
+        for place, other in passes.items():
+            reason = step.conflict(other) if place < index else None
+            if reason:
+                line = source.line(("passes", place))
+                yield Fault(
+                    ("passes", index), f"{step.key()} must not stand after {other.key()} (line {line}): {reason}"
+                )
 
 
 def _check_dimensions(document: Document) -> Iterator[Fault]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import onnx
 
-from llmc.passes.base import Context, LlmcError, PassResult, Safety, Skip
+from llmc.passes.base import Context, LlmcError, Pass, PassResult, Safety, Skip
 from llmc.passes.graph import (
     Array,
     Constant,
@@ -25,6 +25,7 @@ from llmc.passes.graph import (
 from llmc.passes.opset import raise_opset
 from llmc.passes.precision.levels import INT8
 from llmc.passes.precision.selection import SelectivePass
+from llmc.passes.precision.smooth_quant import uncorrected_shift
 from llmc.passes.precision.weight_sites import WeightSite, weight_sites
 
 SINCE = 11
@@ -47,6 +48,10 @@ class QuantizeDynamic(SelectivePass):
 
     after: ClassVar[tuple[str, ...]] = ("fold-constants",)
     safety: ClassVar[Safety] = "lossy"
+
+    def conflict(self, earlier: Pass) -> str | None:
+        """As `Pass.conflict`: it has no data to correct biases by."""
+        return uncorrected_shift(earlier)
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises LlmcError for a pattern that matches nothing, and for weights that are not finite."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from llmc.passes.base import Context, LlmcError, Measured, Need, PassResult, Skip
+from llmc.passes.base import Context, LlmcError, Measured, Need, Pass, PassResult, Skip
 from llmc.passes.graph import Array, Graph, Node, copy_graph, fresh_names, infer_shapes, outputs_of_scopes, scopes
 from llmc.passes.opset import raise_opset
 from llmc.passes.precision.bias import add_bias, bias_is_known
@@ -17,6 +17,7 @@ from llmc.passes.precision.levels import Levels
 from llmc.passes.precision.products import SINCE, Product, as_product, is_operator
 from llmc.passes.precision.quantized_twins import Loss, losses
 from llmc.passes.precision.selection import SelectivePass
+from llmc.passes.precision.smooth_quant import uncorrected_shift
 
 Operator = Literal["MatMul", "Gemm", "Conv", "ConvTranspose"]
 PRODUCTS: frozenset[str] = frozenset(get_args(Operator))
@@ -40,6 +41,11 @@ class QuantizeProducts(SelectivePass):
         True, description="Take the mean error of each output channel, on the calibration data, out of the bias."
     )
     calibration: Clipping = Field(Clipping(), description="Where the scales of activations come from.")
+
+    def conflict(self, earlier: Pass) -> str | None:
+        """As `Pass.conflict`: not every choice of parameters corrects biases."""
+        corrects = self.correct_bias and not self.calibration.scales_alone
+        return None if corrects else uncorrected_shift(earlier)
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises LlmcError for a pattern that matches nothing, and for weights or activations that are not finite."""

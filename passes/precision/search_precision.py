@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llmc.passes.base import Activations, Context, LlmcError, Measured, Need, PassResult, Safety, Skip, TradeOff
+from llmc.passes.base import Activations, Context, LlmcError, Measured, Need, Pass, PassResult, Safety, Skip, TradeOff
 from llmc.passes.graph import Array, Graph, Node, constant_bytes, constants, copy_graph
 from llmc.passes.precision.calibration import Clipping, Judging
 from llmc.passes.precision.confidence import LEAST, Judged, judged
@@ -19,6 +19,7 @@ from llmc.passes.precision.distance import distance
 from llmc.passes.precision.quantize_int8 import QuantizeInt8
 from llmc.passes.precision.quantize_products import Operator
 from llmc.passes.precision.selection import SelectivePass
+from llmc.passes.precision.smooth_quant import uncorrected_shift
 
 Precision = Literal["int8", "fp16", "fp32"]
 TIME = {"int8": 0.25, "fp16": 0.5, "fp32": 1.0}
@@ -83,6 +84,10 @@ class SearchPrecision(SelectivePass):
     attention: bool = Field(False, description="Products of two activations (Q·Kᵀ and weights·V) may become INT8 too.")
     calibration: Clipping = Field(Clipping(), description="Where the scales of activations come from.")
     judge: Judging = Field(Judging(), description="Samples that the budget is judged on.")
+
+    def conflict(self, earlier: Pass) -> str | None:
+        """As `Pass.conflict`: without data no biases are corrected."""
+        return uncorrected_shift(earlier) if self.calibration.scales_alone else None
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Raises LlmcError where no assignment keeps within the budget."""

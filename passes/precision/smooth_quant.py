@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmc.passes.base import Context, LlmcError, NearMiss, Need, PassResult, Safety, Skip
+from llmc.passes.base import Context, LlmcError, NearMiss, Need, Pass, PassResult, Safety, Skip
 from llmc.passes.graph import (
     Array,
     Constant,
@@ -44,7 +44,8 @@ class SmoothQuant(SelectivePass):
     middle of the channel's range, where `shift` is on: symmetric INT8 then wastes no level on a skewed channel, such as
     those that GELU gives. The division goes into the constants of the normalisation or product before, through
     Attention's values too; where nothing can take it, a Mul stands before the products, which TensorRT fuses with what
-    makes x. z · W goes into the bias. Stands before quantize-int8, which then quantizes what is left.
+    makes x. z · W goes into the bias. Stands before quantize-int8, which then quantizes what is left, or without
+    `shift` before quantize-dynamic, which corrects no biases.
 
     **Safety:** tolerance: exact but for rounding, 1e-5 relative in float32.
 
@@ -98,6 +99,18 @@ class SmoothQuant(SelectivePass):
     def _find(self, group: _Group, rows: Rows) -> Smoothing:
         weight = np.concatenate([site.matrix().astype(np.float32) for site in group.sites])
         return find_smoothing(rows, weight, self.shift, ALPHAS if self.alpha is None else (self.alpha,))
+
+
+def uncorrected_shift(earlier: Pass) -> str | None:
+    """Why a pass that quantizes without bias correction must not stand after `earlier`.
+
+    Most values lie far from the middle of their channel's range: what rounding the weights does to that distance is
+    alike for all rows, and only a bias takes it back. MiniLM's embeddings keep a cosine of 0.9986 with the correction,
+    of 0.908 without.
+    """
+    if isinstance(earlier, SmoothQuant) and earlier.shift:
+        return "what 'shift' moves makes errors that only bias correction takes back: leave shift out"
+    return None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from llmc.passes.precision.rows import Fold, Rows
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """How much of the activation's range goes to the weight: tried in turn, beside leaving all as it is."""
 SMALLEST = 2.0**-10
-"""Least range of a channel, as a part of the largest: less is taken for this."""
+"""Least range of a channel of the weight, as a part of the largest: less is taken for this."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,15 @@ def middle(low: Array, high: Array) -> Array:
 
 
 def channel_scales(reach: Array, weight: Array, alpha: float | None) -> Array:
-    """SmoothQuant's s = reach^alpha / max|W|^(1 - alpha), their geometric mean 1: float32 [channels]. None: ones."""
+    """SmoothQuant's s = reach^alpha / max|W|^(1 - alpha), their geometric mean 1: float32 [channels]. None: ones.
+
+    A channel that reaches less than half of the channels do counts as the middle one: what was quiet on the data, as
+    many channels behind a GELU are, may be loud on other data, and would clip at a small part of what it reaches.
+    """
     if alpha is None:
         return np.ones_like(reach)
-    activation = np.maximum(np.where(reach > 0, reach, reach.max()), SMALLEST * reach.max())
+    loud = reach[reach > 0]
+    activation = np.maximum(np.where(reach > 0, reach, reach.max()), np.median(loud) if loud.size else 0)
     peaks = np.abs(weight).max(axis=0)
     peaks = np.maximum(np.where(peaks > 0, peaks, peaks.max()), SMALLEST * peaks.max())
     logarithm = alpha * np.log(activation, dtype=np.float64) - (1 - alpha) * np.log(peaks, dtype=np.float64)

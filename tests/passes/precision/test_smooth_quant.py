@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc.compiler.calibrate import SampledActivations
+from llmc.compiler.recipe import Recipe
 from llmc.compiler.session import Session
 from llmc.passes.base import Context, Ledger, LlmcError, PassResult, Skip
 from llmc.passes.graph import Array, Constant, Graph, copy_graph, to_model
 from llmc.passes.precision.calibration import Calibration, Clipping
+from llmc.passes.precision.quantize_dynamic import QuantizeDynamic
 from llmc.passes.precision.quantize_int8 import QuantizeInt8
+from llmc.passes.precision.search_precision import SearchPrecision
 from llmc.passes.precision.smooth_quant import SmoothQuant
 
 K = 16
@@ -141,6 +144,52 @@ def test_a_shift_pays_for_channels_on_one_side_of_zero(parse):
         QuantizeInt8().run(candidate, Context(Ledger(), SampledActivations(data)))
         errors.append(float(np.linalg.norm(outputs(candidate, data) - exact)))
     assert errors[1] < 0.7 * errors[0], "the channels take about 4 of their 8 units"
+
+
+def test_a_channel_that_is_quiet_on_the_data_does_not_clip_on_other_data(parse):
+    graph = with_weights(parse(FIRES["matmul with bias"][0]))
+    quiet, loud = samples(), samples(seed=1)
+    for sample in quiet:
+        sample["x"][..., 5] *= 1e-3
+    exact, errors = outputs(graph, loud), []
+    for smoothed in (False, True):
+        candidate = copy_graph(graph)
+        if smoothed:
+            run(candidate, quiet)
+        step = QuantizeInt8(calibration=Clipping(method="minmax"))
+        step.run(candidate, Context(Ledger(), SampledActivations(quiet)))
+        errors.append(float(np.linalg.norm(outputs(candidate, loud) - exact)))
+    assert errors[1] < 0.6 * errors[0], "as on data on which no channel is quiet"
+
+
+FROM_STATISTICS = '{"calibration": {"statistics": "calibration.json"}}'
+
+
+@pytest.mark.parametrize(
+    ("step", "refused"),
+    [
+        (QuantizeDynamic(), True),
+        (QuantizeInt8(correct_bias=False), True),
+        (QuantizeInt8.model_validate_json(FROM_STATISTICS), True),
+        (SearchPrecision.model_validate_json(FROM_STATISTICS), True),
+        (QuantizeInt8(), False),
+        (SearchPrecision(), False),
+    ],
+)
+def test_without_bias_correction_a_shift_is_refused(step, refused):
+    reason = "what 'shift' moves makes errors that only bias correction takes back: leave shift out"
+    assert step.conflict(SmoothQuant(shift=True)) == (reason if refused else None)
+    assert step.conflict(SmoothQuant()) is None
+    assert step.conflict(QuantizeInt8()) is None
+
+
+def test_a_recipe_that_needs_the_correction_and_has_none_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("passes:\n  - smooth-quant: {shift: true}\n  - quantize-dynamic\n", encoding="utf-8")
+    with pytest.raises(
+        LlmcError, match=r"r.yaml:3: passes.2: quantize-dynamic must not stand after smooth-quant \(line 2\)"
+    ):
+        Recipe.load(path)
 
 
 def test_values_take_the_division_through_attention(parse):
