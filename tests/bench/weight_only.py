@@ -274,21 +274,42 @@ UNITS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+NOTES = {
+    "minilm": (
+        "Mean cosine of 500 sentence embeddings with float32's, and Spearman correlation of their similarities. Its\n"
+        "normalisations stand after the sums, so AWQ can scale hardly a channel for nothing: `insert_mul: true` lets it.\n"
+        "ONNX Runtime's HQQ has zero points, and so is to be compared with what is asymmetric."
+    )
+}
+
+
+def measured(found: Sequence[dict[str, Any]], model: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The float32 model, and what methods made of it, in the order of METHODS; of equal rows the last one."""
+    whole, *others = (row for row in found if row["model"] == model and row["block"] is None)
+    if any(other != whole for other in others):
+        raise SystemExit(f"{model}: these runs measured another float32 model each, and cannot stand in one table")
+    rows = {(row["method"], row["block"]): row for row in found if row["model"] == model and row["block"] is not None}
+    order = list(METHODS)
+    return whole, [rows[key] for key in sorted(rows, key=lambda key: (order.index(key[0]), key[1]))]
+
+
 def tables(found: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Markdown lines: for each model one table, a line for each method and block size."""
     versions = f"ONNX Runtime {ort.__version__}, {platform.machine()}"
     yield "# INT4 weights: what each method costs in accuracy\n"
-    yield f"Made by tests/bench/weight_only.py, which says what is measured, with {versions}.\n"
+    yield f"Made by tests/bench/weight_only.py, which says what is measured, with {versions}. Rows may be of several"
+    yield "runs, which all measured the same float32 model.\n"
     for model in dict.fromkeys(row["model"] for row in found):
-        rows = [row for row in found if row["model"] == model]
-        (whole,) = (row for row in rows if row["block"] is None)
+        whole, rows = measured(found, model)
         columns = [name for name in UNITS if name in whole or name in ("MB", "CPU s")]
         yield f"## {model}\n"
+        if model in NOTES:
+            yield f"{NOTES[model]}\n"
         yield (
             "| Method | Block | " + " | ".join(columns) + (" | More than float32 |" if "perplexity" in whole else " |")
         )
         yield "|---|---|" + "---|" * (len(columns) + ("perplexity" in whole))
-        for row in rows:
+        for row in (whole, *rows):
             head = f"| {row['method']} | {row['block'] or ''} | "
             if "failed" in row:
                 yield head + f"fails: {row['failed']} |"
