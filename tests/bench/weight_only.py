@@ -277,8 +277,8 @@ UNITS: dict[str, Callable[[dict[str, Any]], str]] = {
 NOTES = {
     "minilm": (
         "Mean cosine of 500 sentence embeddings with float32's, and Spearman correlation of their similarities. Its\n"
-        "normalisations stand after the sums, so AWQ can scale hardly a channel for nothing: `insert_mul: true` lets it.\n"
-        "ONNX Runtime's HQQ has zero points, and so is to be compared with what is asymmetric."
+        "normalisations stand after the sums, so AWQ can scale hardly a channel for nothing: `insert_mul: true` lets\n"
+        "it. ONNX Runtime's HQQ has zero points, and so is to be compared with what is asymmetric."
     )
 }
 
