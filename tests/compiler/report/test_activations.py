@@ -109,6 +109,15 @@ def test_the_page_has_a_line_at_the_clipping_point(report: Report) -> None:
     assert quantized(PassReport(index=1, key="fuse-gelu")) is None
 
 
+def test_weights_that_no_data_was_needed_for_are_on_the_page_too() -> None:
+    step = PassReport(index=1, key="quantize-weights", clipped_weights={"w": 0.0125, "v": 0.0}, weight_scales={-7: 3})
+    page = quantized(step)
+    assert page is not None
+    assert page.index("<code>w</code>") < page.index("1.2 %") < page.index("<code>v</code>")
+    assert page.count("<path") == 1
+    assert "Activations" not in page
+
+
 def test_bars_are_as_high_as_logarithms() -> None:
     """log2(1 + n) of 0, 1, 3 and 15 is 0, 1, 2 and 4, where 4 takes 28 pixels; a bar with the clip is in range."""
     drawn = charts.histogram([15, 3, 1, 0], "t", 1.5)
