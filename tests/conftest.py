@@ -20,6 +20,9 @@ GraphParser = Callable[..., Graph]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--families", action="store_true", help="write docs/families.md of what tests/test_families finds")
+    parser.addoption(
+        "--perplexity", action="store_true", help="write docs/perplexity.md likewise, tests/test_perplexity"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

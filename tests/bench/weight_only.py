@@ -38,8 +38,6 @@ from llmc.passes.precision.quantize_weights import QuantizeWeights
 from llmc.passes.precision.share_weights import ShareWeights
 
 TESTS = Path(__file__).parent.parent
-LENGTH = 256
-"""Tokens of a window."""
 SAMPLES = 128
 SENTENCES = 500
 Feeds = dict[str, Array]
@@ -87,35 +85,11 @@ def runner(model: Path | bytes) -> Callable[[Feeds], Array]:
 
 
 def tiny_llama(folder: Path) -> Subject:
-    from tokenizers import Tokenizer
-
     source, text = TESTS / "assets" / "tiny_llama", documentation()
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-    end = tokenizer.token_to_id("<|endoftext|>")
-
-    def windows(texts: Sequence[str]) -> list[Array]:
-        ids = np.array([i for t in texts for i in (end, *tokenizer.encode(t, add_special_tokens=False).ids)])
-        return [ids[None, start : start + LENGTH + 1] for start in range(0, len(ids) - LENGTH, LENGTH)]
-
-    seen, unseen = windows(text.training()), windows(text.held_out())
-    chosen = seen[:: len(seen) // SAMPLES][:SAMPLES]
+    unseen = text.windows(text.held_out(), source)
     path = folder / "tiny_llama.onnx"
     optimized(str(source), path)
-    return Subject(path, [feeds(w[:, :-1]) for w in chosen], lambda run: {"perplexity": perplexity(run, unseen)})
-
-
-def feeds(ids: Array) -> Feeds:
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-
-
-def perplexity(run: Callable[[Feeds], Array], windows: Sequence[Array]) -> float:
-    nats, count = 0.0, 0
-    for ids in windows:
-        logits = run(feeds(ids[:, :-1]))[0].astype(np.float64)
-        picked = np.take_along_axis(logits, ids[0, 1:, None], axis=-1)[:, 0]
-        nats += float((np.log(np.exp(logits).sum(-1)) - picked).sum())
-        count += len(picked)
-    return float(np.exp(nats / count))
+    return Subject(path, text.samples(source, SAMPLES), lambda run: {"perplexity": text.perplexity(run, unseen)})
 
 
 # MiniLM
