@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DATA = (
     "Folder of .npz files or images; text, one sample a line; or a Python function that yields dicts of arrays, "
@@ -25,8 +25,10 @@ class Calibration(BaseModel):
 class Clipping(Calibration):
     """Where the scales of activations come from."""
 
-    method: Literal["minmax", "percentile", "entropy", "mse"] = Field(
-        "mse", description="How to choose where activations clip."
+    method: Literal["minmax", "percentile", "entropy", "mse", "search"] = Field(
+        "mse",
+        description="How to choose where activations clip; 'search' tries percentiles and 'mse' for each, and takes "
+        "what its products lose least by.",
     )
     statistics: Path | None = Field(
         None,
@@ -40,6 +42,14 @@ class Clipping(Calibration):
         if method in ("moving-average", "moving_average"):
             raise ValueError("a moving average depends on the order of the samples and on their batches: use 'minmax'")
         return method
+
+    @model_validator(mode="after")
+    def _search_runs_data(self) -> Self:
+        if self.method == "search" and self.statistics is not None:
+            raise ValueError(
+                "method 'search' runs data: leave statistics out, or give the method that they were made by"
+            )
+        return self
 
     @property
     def scales_alone(self) -> bool:

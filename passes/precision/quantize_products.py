@@ -12,6 +12,7 @@ from llmc.passes.graph import Array, Graph, Node, copy_graph, fresh_names, infer
 from llmc.passes.opset import raise_opset
 from llmc.passes.precision.bias import add_bias, bias_is_known
 from llmc.passes.precision.calibration import Clipping
+from llmc.passes.precision.clip_search import searched
 from llmc.passes.precision.insert_qdq import Inserter
 from llmc.passes.precision.levels import Levels
 from llmc.passes.precision.products import SINCE, Product, as_product, is_operator
@@ -157,12 +158,15 @@ class QuantizeProducts(SelectivePass):
             return {}
         if context.activations is None:
             raise LlmcError(f"{self.key()} needs calibration data: give some with --calibration DATA")
+        names, samples = list(dict.fromkeys(n for product in products for n in product.names)), self.calibration.samples
+        if self.calibration.method == "search":
+            return searched(graph, names, self.levels, context.activations, samples)
         return context.activations.amax(
             graph,
-            list(dict.fromkeys(name for product in products for name in product.names)),
+            names,
             method=self.calibration.method,
             percentile=self.calibration.percentile,
-            samples=self.calibration.samples,
+            samples=samples,
         )
 
 
