@@ -106,7 +106,7 @@ def compile_command(
 ) -> None:
     """Compile MODEL as a recipe says, verify every pass, and leave an artifact with its report."""
     from llmc.compiler.driver import compile as run_compile
-    from llmc.compiler.planning import plan, with_options
+    from llmc.compiler.planning import plans, summary_of, with_options
     from llmc.compiler.recipe import Recipe
 
     chosen = Recipe.load(recipe).with_settings(settings or [])
@@ -114,7 +114,7 @@ def compile_command(
     place = output or Path("build") / chosen.name
     with _progress() as progress:
         if dry_run:
-            made = plan(model, chosen, tokenizer=tokenizer, offline=offline, progress=progress)
+            made = summary_of(plans(model, chosen, tokenizer=tokenizer, offline=offline, progress=progress))
         else:
             report = run_compile(
                 model,
@@ -130,7 +130,7 @@ def compile_command(
                 progress=progress,
             )
     if dry_run:
-        _print(made.summary(), as_json, lambda console: console.print_json(data=made.summary()))
+        _print(made, as_json, lambda console: console.print_json(data=made))
         return
     from llmc.compiler.report import times
     from llmc.compiler.report.terminal import render

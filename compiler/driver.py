@@ -13,13 +13,14 @@ from llmc.compiler.artifact import artifact, check_place, write_manifest
 from llmc.compiler.cache import builds
 from llmc.compiler.cache.memory import Memory, State, open_memory
 from llmc.compiler.cache.store import DamagedError
-from llmc.compiler.errors import BudgetError, PrecisionError, TargetError
+from llmc.compiler.dump import PassDump
+from llmc.compiler.errors import BudgetError, LlmcError, PrecisionError, TargetError
 from llmc.compiler.evidence import evidence_place, keep_fallback, keep_task
 from llmc.compiler.generation.tokenizer import copy_tokenizer
 from llmc.compiler.loaders import Feeds
-from llmc.compiler.loaders.tasks import TEXT_GENERATION
+from llmc.compiler.loaders.tasks import GENERATING
 from llmc.compiler.lock import Lock
-from llmc.compiler.planning import Plan, plan, quiet
+from llmc.compiler.planning import Plan, about, asked_of, plans, quiet
 from llmc.compiler.precision import fallbacks, some
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import (
@@ -69,12 +70,12 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
     with open_memory(cached) as memory:
         while True:
             with suppress(DamagedError):  # dropped by now: what it held is made anew
-                made = plan(source, recipe, tokenizer=tokenizer, offline=offline, memory=memory, progress=progress)
+                made = plans(source, recipe, tokenizer=tokenizer, offline=offline, memory=memory, progress=progress)
                 return _run(made, output, force, stop_after_rewrite, listeners, memory, lock, progress)
 
 
 def _run(
-    made: Plan,
+    plans: Sequence[Plan],
     output: Path,
     force: bool,
     stop_after_rewrite: int | None,
@@ -83,10 +84,46 @@ def _run(
     lock: Lock | None,
     progress: Progress,
 ) -> Report:
-    started = time.perf_counter() - made.seconds["load"]
-    locked = {**made.about(), "recipe": made.recipe.document(lambda path: path.name)}
+    if len(plans) > 1 and any(isinstance(listener, PassDump) for listener in listeners):
+        raise LlmcError(
+            "--dump-passes is of one graph, and the model makes two: name one with --set model.half=encoder or decoder"
+        )
+    started = time.perf_counter() - sum(made.seconds["load"] for made in plans)
+    recipe = asked_of(plans)
+    locked = {**about(plans), "recipe": recipe.document(lambda path: path.name)}
     if lock is not None:
         lock.check(locked)
+    changed = [_change(made, output, stop_after_rewrite, listeners, memory, progress) for made in plans]
+    with artifact(output, force=force) as folder:
+        reports = [
+            _emit(run, last, folder / (run.plan.loaded.half or "") if len(plans) > 1 else folder)
+            for run, last in changed
+        ]
+        report = _together(reports)
+        report.timings.total = time.perf_counter() - started
+        write(report, folder)
+        source = plans[-1].loaded
+        if source.task in GENERATING and source.tokenizer is not None:
+            copy_tokenizer(source.tokenizer, folder)
+        (folder / "recipe.yaml").write_text(recipe.resolved_yaml(), encoding="utf-8")
+        files = write_manifest(folder, about(plans))
+        locked |= {"outputs": {name: digest for name, digest in files.items() if name not in NOT_LOCKED}}
+        if lock is not None:
+            lock.check(locked)
+    if lock is not None:
+        lock.write(locked)
+    return report
+
+
+def _change(
+    made: Plan,
+    output: Path,
+    stop_after_rewrite: int | None,
+    listeners: Sequence[pipeline.Listener],
+    memory: Memory,
+    progress: Progress,
+) -> tuple[Run, pipeline.Step]:
+    """Run and verify the passes of one graph; what was found out, and the last step."""
     loaded = pipeline.loaded(made.loaded.graph, memory, on_disk=made.loaded.kind == "onnx")
     verifier = _verifier(made, loaded, memory, progress)
     judge = Judge(made.recipe.verify, verifier, len(made.recipe.passes), memory)
@@ -98,26 +135,31 @@ def _run(
     except pipeline.PassCrash as crash:
         raise crashed(run, crash) from crash
     _measure_task(run, last)
-    with artifact(output, force=force) as folder:
-        model = folder / "model.onnx"
-        graph = last.graph
-        save_model(graph, model)
-        with run.timed("build"):
-            built = _build(run, last.end, model, folder)
-        report = run.report(graph, _target_report(made, built, folder))
-        _check_precision(run, graph, report)
-        report.timings.total = time.perf_counter() - started
-        write(report, folder)
-        calibration_file.write(folder, made.loaded.digest, run.sections)
-        if made.loaded.task == TEXT_GENERATION and made.loaded.tokenizer is not None:
-            copy_tokenizer(made.loaded.tokenizer, folder)
-        (folder / "recipe.yaml").write_text(made.recipe.resolved_yaml(), encoding="utf-8")
-        files = write_manifest(folder, made.about())
-        locked |= {"outputs": {name: digest for name, digest in files.items() if name not in NOT_LOCKED}}
-        if lock is not None:
-            lock.check(locked)
-    if lock is not None:
-        lock.write(locked)
+    return run, last
+
+
+def _emit(run: Run, last: pipeline.Step, folder: Path) -> Report:
+    """Write one graph, and what the target makes of it, into `folder`."""
+    made, graph = run.plan, last.graph
+    folder.mkdir(exist_ok=True)
+    model = folder / "model.onnx"
+    save_model(graph, model)
+    with run.timed("build"):
+        built = _build(run, last.end, model, folder)
+    report = run.report(graph, _target_report(made, built, folder))
+    _check_precision(run, graph, report)
+    report.timings.total = sum(made.seconds.values())
+    calibration_file.write(folder, made.loaded.digest, run.sections)
+    return report
+
+
+def _together(reports: Sequence[Report]) -> Report:
+    """One report: of an encoder-decoder that of the decoder, with the encoder's inside."""
+    *encoder, report = reports
+    if encoder:
+        report.encoder = encoder[0]
+        if encoder[0].status != "done":
+            report.status = encoder[0].status
     return report
 
 

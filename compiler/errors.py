@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmc.passes.errors import LlmcError
 
-__all__ = ["BudgetError", "InternalError", "LlmcError", "PrecisionError", "TargetError"]
+__all__ = ["BudgetError", "InternalError", "LlmcError", "PrecisionError", "TargetError", "TwoGraphsError"]
 
 
 class InternalError(LlmcError):
@@ -17,6 +17,10 @@ class BudgetError(LlmcError):
     """A step moved the outputs further from the loaded model than the recipe's budget allows."""
 
     exit_code = 3
+
+
+class TwoGraphsError(LlmcError):
+    """An encoder-decoder makes two graphs, and nothing says which is wanted."""
 
 
 class TargetError(LlmcError):

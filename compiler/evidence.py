@@ -163,6 +163,7 @@ def _write_recipe(
         parameters = next(iter(step.values())) if isinstance(step, dict) else {}
         if "statistics" in parameters.get("calibration", {}):
             parameters["calibration"]["statistics"] = None
+    document["model"]["half"] = None  # what is kept is one graph
     document["model"]["processor"] = str(given.processor) if given.processor else None
     document["target"]["kind"] = kind
     document["verify"]["samples"] = max(len(given.verification), 1)

@@ -15,8 +15,8 @@ from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.calibration_file import Section, Statistics
 from llmc.compiler.data import Samples
-from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import Loaded, load
+from llmc.compiler.errors import LlmcError, TwoGraphsError
+from llmc.compiler.loaders import HALVES, Loaded, load
 from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles, verified_sizes
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.targets import Profile, Progress, Target, resolve
@@ -147,10 +147,9 @@ class Plan:
 
     def longest(self) -> int | None:
         """Tokens that a text may have; None where nothing limits them."""
-        longest = max((p["sequence"].max for p in self.profiles if "sequence" in p), default=None)
-        return min(
-            (limit for limit in (longest, self.loaded.limits.get("sequence")) if limit is not None), default=None
-        )
+        name = "encoder_sequence" if self.loaded.half == "encoder" else "sequence"
+        longest = max((p[name].max for p in self.profiles if name in p), default=None)
+        return min((limit for limit in (longest, self.loaded.limits.get(name)) if limit is not None), default=None)
 
 
 def with_options(
@@ -219,6 +218,56 @@ def plan(
     return made
 
 
+def plans(
+    source: str,
+    recipe: Recipe | str | Path,
+    *,
+    tokenizer: Path | None = None,
+    offline: bool = False,
+    memory: Memory = NOTHING,
+    progress: Progress = quiet,
+) -> list[Plan]:
+    """The plan of each graph that the source makes, in the order in which they run: two of an encoder-decoder."""
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+
+    def planned(wanted: Recipe) -> Plan:
+        return plan(source, wanted, tokenizer=tokenizer, offline=offline, memory=memory, progress=progress)
+
+    try:
+        return [planned(recipe)]
+    except TwoGraphsError:
+        if recipe.verify.task is not None:
+            place = recipe.where("verify", "task")
+            raise LlmcError(f"{place}: {source} makes two graphs, and a task is measured of one alone") from None
+        return [planned(recipe.with_values({"model.half": half})) for half in HALVES]
+
+
+def asked_of(made: Sequence[Plan]) -> Recipe:
+    """The recipe of all these plans."""
+    recipe = made[0].recipe
+    return recipe if len(made) == 1 else recipe.with_values({"model.half": None})
+
+
+def about(made: Sequence[Plan]) -> dict[str, object]:
+    """What the manifest says beside the digests of files; of several graphs what differs stands under their names."""
+    if len(made) == 1:
+        return made[0].about()
+    recipe = asked_of(made)
+    named = {"recipe": {"name": recipe.name, "sha256": recipe.digest()}}
+    first, *_ = found = [one.about() | named for one in made]
+    shared = {key: value for key, value in first.items() if all(other[key] == value for other in found)}
+    halves = {
+        str(one.loaded.half): {key: value for key, value in other.items() if key not in shared}
+        for one, other in zip(made, found, strict=True)
+    }
+    return {**shared, "graphs": halves}
+
+
+def summary_of(made: Sequence[Plan]) -> dict[str, object]:
+    """What would run, as plain values; of several graphs under their names."""
+    return made[0].summary() if len(made) == 1 else {str(one.loaded.half): one.summary() for one in made}
+
+
 def _check_targets(recipe: Recipe, target: Target) -> None:
     """Raises LlmcError for a pass whose result the target does not take."""
     for step in recipe.passes:
@@ -249,7 +298,14 @@ def _no_samples() -> Samples:
 
 def _samples(made: Plan, path: Path | None, count: int, sizes: Sequence[Mapping[str, int]], memory: Memory) -> Samples:
     """At most `count` samples from `path`, or as many generated ones in turn of `sizes`; each fits a profile."""
-    graph = made.loaded.graph
+    graph, half = made.loaded.graph, made.loaded.half
+    if path is not None and half is not None:
+        path = path / half if (path / half).is_dir() else path
+        if half == "decoder" and path.name != half:
+            raise LlmcError(
+                f"{path} says nothing of what the decoder takes from the encoder: give a folder with a folder of .npz "
+                "files for each graph, encoder/ and decoder/"
+            )
     if path is None:
         section = made.recipe.verify
         vocabulary, ranges = made.loaded.vocabulary, section.ranges

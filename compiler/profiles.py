@@ -76,6 +76,8 @@ def resolve_profiles(loaded: Loaded, recipe: Recipe) -> tuple[list[Profile], lis
     for given in recipe.profiles:
         for name, sizes in given.items():
             place = recipe.where("model", "dimensions", name)
+            if name not in names and name in loaded.elsewhere:
+                continue
             if name not in names:
                 raise LlmcError(f"{place}: the model has no dimension '{name}'{suggestion(name, names)}")
             limit = loaded.limits.get(name)

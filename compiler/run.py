@@ -106,7 +106,12 @@ class Run:
             llmc=versions.llmc_version(),
             status=_status(self.steps),
             source=SourceReport(
-                kind=loaded.kind, name=loaded.name, sha256=loaded.digest, task=loaded.task, exporter=loaded.exporter
+                kind=loaded.kind,
+                name=loaded.name,
+                sha256=loaded.digest,
+                task=loaded.task,
+                half=loaded.half,
+                exporter=loaded.exporter,
             ),
             recipe=made.recipe.name,
             passes=self.steps,

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.generation.choosing import Choose, greedy
 from llmc.compiler.generation.decoder import Decoder, pad_left
-from llmc.compiler.generation.onnx_decoder import open_decoder
+from llmc.compiler.generation.encoder_decoder import EncoderDecoder, pad_right
+from llmc.compiler.generation.onnx_decoder import open_decoder, open_encoder
 from llmc.compiler.generation.tokenizer import FOLDER, Tokenizer
+from llmc.compiler.loaders import HALVES
+from llmc.passes.graph import Array
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +42,7 @@ class Speed:
 class Generator:
     """A decoder and its tokenizer, ready for prompts."""
 
-    decoder: Decoder
+    decoder: Decoder | EncoderDecoder
     tokenizer: Tokenizer
     limit: int
     """The most new tokens."""
@@ -65,10 +68,9 @@ class Generator:
         """The next token of each prompt, None from its end on."""
         chat = self.tokenizer.has_chat and not self.raw
         encoded = [self.tokenizer.encode(prompt, chat) for prompt in prompts]
-        ids, mask = pad_left(encoded)
         running = [True] * len(prompts)
         started = time.perf_counter()
-        for number, tokens in enumerate(self.decoder.generate(ids, mask, self.choose), start=1):
+        for number, tokens in enumerate(self._stream(encoded), start=1):
             running = [on and int(token) not in self.tokenizer.stops for on, token in zip(running, tokens, strict=True)]
             self._count(number, sum(map(len, encoded)), sum(running), time.perf_counter() - started)
             if not any(running):
@@ -77,6 +79,11 @@ class Generator:
             if number == self.limit:
                 return
             started = time.perf_counter()
+
+    def _stream(self, prompts: Sequence[Sequence[int]]) -> Iterator[Array]:
+        if isinstance(self.decoder, EncoderDecoder):
+            return self.decoder.generate(pad_right(prompts), self.choose)
+        return self.decoder.generate(*pad_left(prompts), self.choose)
 
     def _count(self, number: int, prompt: int, new: int, seconds: float) -> None:
         if number == 1:
@@ -101,6 +108,11 @@ def open_generator(
     """
     model = artifact / "model.onnx" if artifact.is_dir() else artifact
     folder = tokenizer or (artifact if artifact.is_dir() else artifact.parent) / FOLDER
+    encoder, decoder = (artifact / half / "model.onnx" for half in HALVES)
+    if encoder.is_file() and decoder.is_file():
+        encode = open_encoder(encoder)
+        words = Tokenizer(folder)
+        return Generator(EncoderDecoder(encode, open_decoder(decoder), words.first), words, limit, choose, raw)
     return Generator(open_decoder(model), Tokenizer(folder), limit, choose, raw)
 
 

@@ -11,12 +11,29 @@ import numpy as np
 import onnx
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.generation.decoder import LONGEST, Decoder, Input
+from llmc.compiler.generation.decoder import LONGEST, Decoder, Input, Run
 from llmc.passes.cache.static_cache import KEY, StaticCache
 
 
-def open_decoder(model: Path) -> Decoder:
-    """The decoder in an ONNX file. Raises LlmcError where it is none, or cannot run on this machine."""
+def open_encoder(model: Path) -> Run:
+    """The encoder of an encoder-decoder that reads text. Raises LlmcError where it is none, or cannot run here."""
+    session = _session(model)
+    inputs = [given.name for given in session.get_inputs()]
+    if "input_ids" not in inputs:
+        raise LlmcError(
+            f"{model} reads {inputs[0]}, not text: llmc generate takes prompts of text alone; run its two graphs from "
+            "Python (llmc.compiler.generation.encoder_decoder.EncoderDecoder)"
+        )
+    names = [output.name for output in session.get_outputs()]
+
+    def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: _ort_value(feeds[name]) for name in inputs}
+        return dict(zip(names, session.run_with_ort_values(names, given), strict=True))
+
+    return run
+
+
+def _session(model: Path) -> Any:
     import onnxruntime as ort
 
     if not model.is_file():
@@ -25,9 +42,14 @@ def open_decoder(model: Path) -> Decoder:
     options.log_severity_level = 4  # errors are raised: said once
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     try:
-        session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises a class of its own for every status code
         raise LlmcError(f"ONNX Runtime cannot run {model}: {error}") from error
+
+
+def open_decoder(model: Path) -> Decoder:
+    """The decoder in an ONNX file. Raises LlmcError where it is none, or cannot run on this machine."""
+    session = _session(model)
     inputs = [Input(given.name, _dtype(given.type), tuple(given.shape)) for given in session.get_inputs()]
     types = {given.name: given.dtype for given in inputs}
     names = [output.name for output in session.get_outputs()]

@@ -52,6 +52,21 @@ class Tokenizer:
         self.stops = _stops(folder)
 
     @property
+    def first(self) -> list[int]:
+        """What an encoder-decoder's answers begin with: its start token, and the one that must follow it, if any.
+
+        Raises LlmcError where the checkpoint names no start token.
+        """
+        found = {**_read(self._folder / "config.json"), **_read(self._folder / "generation_config.json")}
+        start = found.get("decoder_start_token_id", found.get("bos_token_id"))
+        if not isinstance(start, int):
+            raise LlmcError(
+                f"{self._folder}/config.json names no decoder_start_token_id, which every answer begins with"
+            )
+        forced = found.get("forced_bos_token_id")
+        return [start, forced] if isinstance(forced, int) else [start]
+
+    @property
     def has_chat(self) -> bool:
         """Whether the model was trained on chats, which its template wraps prompts in."""
         return (self._folder / "chat_template.jinja").is_file() or "chat_template" in _read(

@@ -46,6 +46,8 @@ class Loaded:
     """How the graph came about ('torch.onnx dynamo, opset 23, sdpa'); '' for an ONNX file."""
     half: Half | None = None
     """Which graph of an encoder-decoder it is."""
+    elsewhere: frozenset[str] = frozenset()
+    """Symbolic dimensions that the other graph has."""
     limits: dict[str, int] = field(default_factory=dict)
     """The largest size that the model itself allows for a symbolic dimension ({'sequence': 512})."""
     vocabulary: int | None = None
@@ -78,8 +80,8 @@ def load(
 
     `task` and `opset` say what a Hugging Face model is exported as and at (by default what its configuration
     and the exporter's state call for), `cache` whether a decoder takes and gives the keys and values of earlier
-    tokens, `half` which graph of an encoder-decoder is wanted. `offline` uses only what the hub's cache holds, as
-    HF_HUB_OFFLINE does; `memory` may know the export.
+    tokens, `half` which graph of an encoder-decoder is wanted: TwoGraphsError where nothing says so. `offline` uses
+    only what the hub's cache holds, as HF_HUB_OFFLINE does; `memory` may know the export.
     Raises LlmcError with the reason for everything that cannot be loaded.
     """
     path = Path(source).expanduser()
@@ -92,8 +94,6 @@ def load(
     if path.is_file():
         from llmc.compiler.loaders.onnx_file import load_onnx
 
-        if half is not None:
-            raise LlmcError(f"{source} is one ONNX graph: it has no {half} to take by itself")
         return load_onnx(path, task=task, opset=opset)
     from llmc.compiler.loaders.huggingface import load_huggingface
 

@@ -22,6 +22,8 @@ from llmc.passes.graph import Variable
 
 SOURCE = "encoder_sequence"
 """Symbolic dimension: tokens that the encoder reads."""
+DIMENSIONS = frozenset({"batch", SOURCE, "sequence", PAST})
+"""Of either graph."""
 OWN, CROSS = ".decoder", ".encoder"
 """In names of the cache: of the decoder's own tokens, and of the encoder's."""
 _FIRST = 3

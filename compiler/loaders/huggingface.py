@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.cache.keys import code_digest, environment
 from llmc.compiler.cache.memory import NOTHING, Memory
-from llmc.compiler.errors import LlmcError
+from llmc.compiler.errors import LlmcError, TwoGraphsError
 from llmc.compiler.generation.decoder import LONGEST
 from llmc.compiler.loaders import HALVES, Cache, Feeds, Half, Loaded, Progress, digest_files
 from llmc.compiler.loaders.checkpoint import Checkpoint, open_checkpoint
+from llmc.compiler.loaders.encoder_decoder import DIMENSIONS
 from llmc.compiler.loaders.hub import SETTINGS
 from llmc.compiler.loaders.images import configuration
 from llmc.compiler.loaders.quiet import quiet
@@ -78,6 +79,7 @@ def load_huggingface(
         digest=about["digest"],
         task=task,
         half=half,
+        elsewhere=DIMENSIONS if half is not None else frozenset(),
         exporter=about["exporter"],
         limits=about["limits"],
         vocabulary=about["vocabulary"],
@@ -108,7 +110,7 @@ def _check_half(checkpoint: Checkpoint, task: str, half: Half | None) -> None:
             f"give one that was saved with its head (…ForConditionalGeneration), not for {task}"
         )
     if half is None:
-        raise LlmcError(
+        raise TwoGraphsError(
             f"{checkpoint.folder} is an encoder-decoder ({kind}), which makes two graphs: say which one is wanted "
             f"({' or '.join(HALVES)}), in the recipe as model.half"
         )

@@ -27,6 +27,8 @@ TEXT_TO_TEXT = "text2text-generation"
 SPEECH_RECOGNITION = "automatic-speech-recognition"
 TWO_GRAPHS = (TEXT_TO_TEXT, SPEECH_RECOGNITION)
 """What encoder-decoders are for."""
+GENERATING = (TEXT_GENERATION, *TWO_GRAPHS)
+"""What gives token after token: its tokenizer goes along."""
 
 TASKS = {
     TEXT_GENERATION: Task(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", ("logits",)),

@@ -229,8 +229,16 @@ class SourceReport(Part):
     name: str
     sha256: str
     task: str | None = None
+    half: Literal["encoder", "decoder"] | None = Field(
+        default=None, description="Which graph of an encoder-decoder; null for a model of one graph."
+    )
     exporter: str = ""
     notes: list[str] = Field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """The name, and which graph of the model it is."""
+        return f"{self.name}, {self.half}" if self.half else self.name
 
 
 class Timings(Part):
@@ -262,6 +270,13 @@ class Report(Part):
     warnings: list[str] = Field(default_factory=list)
     versions: dict[str, str] = Field(description="Everything that had a say: package → version.")
     timings: Timings
+    encoder: Report | None = Field(
+        default=None, description="Of an encoder-decoder's encoder, where the rest is of its decoder."
+    )
+
+    def graphs(self) -> list[Report]:
+        """The report of each graph, in the order in which they run."""
+        return [self.encoder, self] if self.encoder is not None else [self]
 
 
 class ModelReport(Part):

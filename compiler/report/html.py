@@ -44,7 +44,8 @@ def render(report: Report) -> str:
         element("title", f"llmc: {title}"),
         element("style", style),
     )
-    body = element("body", _header(report), element("main", *_sections(report)), _footer(report))
+    pages = [part for graph in report.graphs() for part in (_header(graph), element("main", *_sections(graph)))]
+    body = element("body", *pages, _footer(report))
     return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'
 
 
@@ -75,7 +76,7 @@ def _header(report: Report) -> Markup:
             element("span", report.status, class_=f"pill {_STATUS.get(report.status, 'broken')}"),
             class_="kicker",
         ),
-        element("h1", source.name),
+        element("h1", source.title),
         element("p", element("strong", arrow), element("span", about), class_="subtitle"),
     )
 

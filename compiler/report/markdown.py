@@ -16,7 +16,7 @@ _STATUS = {"done": "✓", "skipped": "–", "rolled back": "↩", "over budget":
 
 def render(report: Report) -> str:
     """The document; the same report gives the same bytes."""
-    return "\n\n".join(block for block in _blocks(report) if block) + "\n"
+    return "\n\n".join(block for graph in report.graphs() for block in _blocks(graph) if block) + "\n"
 
 
 def escape(name: str) -> str:
@@ -31,7 +31,7 @@ def code(name: str) -> str:
 
 
 def _blocks(report: Report) -> Iterator[str]:
-    yield f"# {escape(report.source.name)}"
+    yield f"# {escape(report.source.title)}"
     yield _head(report)
     yield _warnings(report)
     yield _passes(report)

@@ -53,6 +53,8 @@ _RESULT = {
 
 def render(report: Report, console: Console, folder: Path | None = None) -> None:
     """Print a report; `folder` is where its files lie, for the paths at the end."""
+    if report.encoder is not None:
+        render(report.encoder, console)
     parts = [
         _header(report),
         _passes(report, console.width),
@@ -110,7 +112,7 @@ def _header(report: Report) -> RenderableType:
     line.add_column(ratio=1)
     line.add_column(justify="right", no_wrap=True)
     line.add_row(
-        Text.assemble(_plain(source.name, "bold"), "  ", _plain(f"{report.recipe}{target}", "cyan")),
+        Text.assemble(_plain(source.title, "bold"), "  ", _plain(f"{report.recipe}{target}", "cyan")),
         Text.assemble(_RESULT[report.status], (f" in {text.seconds(report.timings.total)}", "dim")),
     )
     line.add_row(_plain(about, "dim"), Text(f"llmc {report.llmc}", "dim"))

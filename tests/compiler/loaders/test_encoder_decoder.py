@@ -1,4 +1,7 @@
-"""Encoder-decoders, as two graphs. The truth is transformers: outputs, and tokens of `generate`."""
+"""Encoder-decoders, as two graphs. The truth is transformers: outputs, and tokens of `generate`.
+
+One that is compiled, and generates: tests/compiler/generation/test_encoder_decoder.py.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ MODELS: dict[str, tuple[str, float, dict[str, Any]]] = {
     ),
 }
 """Class, spread of its random weights (as initialized, logits hardly differ, and tokens do not vary), configuration."""
-FAST = "BART, fewer layers in the decoder"
+SMALL = "BART, fewer layers in the decoder"
 Pair = tuple[Any, dict[str, Loaded]]
 
 
@@ -112,9 +115,8 @@ def in_onnx(halves: dict[str, Loaded]) -> EncoderDecoder:
     return EncoderDecoder(Session(encoder).run, Decoder(inputs, session.outputs, session.run), [FIRST])
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_tokens_are_those_of_transformers(pair: Callable[[str], Pair], name: str) -> None:
     model, halves = pair(name)
     both = in_onnx(halves)
@@ -131,8 +133,9 @@ def ordered(size: int | str | None) -> int | str | None:
     return " + ".join(sorted(size.split(" + "))) if isinstance(size, str) else size
 
 
+@pytest.mark.slow
 def test_inputs_and_outputs(pair: Callable[[str], Pair]) -> None:
-    _, halves = pair(FAST)
+    _, halves = pair(SMALL)
     layers = [f"{number}.{side}" for number in range(1) for side in ("key", "value")]
     own, cross = ([name.replace(".", f".{half}.") for name in layers] for half in ("decoder", "encoder"))
     encoder, decoder = (halves[half].graph for half in HALVES)
@@ -160,8 +163,9 @@ def test_inputs_and_outputs(pair: Callable[[str], Pair]) -> None:
     assert len({loaded.digest for loaded in halves.values()}) == 1
 
 
+@pytest.mark.slow
 def test_no_half_holds_weights_of_the_other(pair: Callable[[str], Pair]) -> None:
-    _, halves = pair(FAST)
+    _, halves = pair(SMALL)
     names = {half: {t.name for node in loaded.graph.nodes for t in node.inputs} for half, loaded in halves.items()}
     assert not any("encoder.layers" in name and "decoder" not in name for name in names["decoder"])
     of_decoder = {name for name in names["encoder"] if "decoder" in name}
@@ -170,7 +174,7 @@ def test_no_half_holds_weights_of_the_other(pair: Callable[[str], Pair]) -> None
 
 
 def test_a_half_must_be_named(tmp_path: Path) -> None:
-    save(FAST, tmp_path)
+    save(SMALL, tmp_path)
     with pytest.raises(LlmcError, match=r"encoder-decoder \(bart\), which makes two graphs.*encoder or decoder"):
         load(str(tmp_path))
 

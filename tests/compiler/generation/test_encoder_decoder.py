@@ -1,0 +1,159 @@
+"""An encoder-decoder, compiled: one artifact of two graphs, which answers as transformers does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from llmc.compiler.artifact import check_artifact
+from llmc.compiler.driver import compile as run_compile
+from llmc.compiler.generation.generate import open_generator
+from llmc.compiler.loaders.quiet import quiet
+from llmc.compiler.lock import Lock
+from llmc.compiler.planning import plans, summary_of
+from llmc.compiler.recipe import Recipe
+from llmc.compiler.report import Report
+from llmc.passes.errors import LlmcError
+
+TINY_LLAMA = Path(__file__).parents[2] / "assets" / "tiny_llama"
+PROMPTS = ["Return the number of", "é", "If the argument is a string, it"]
+TOKENS = 32
+RECIPE = """
+model: {dimensions: {batch: [1, 1, 4], encoder_sequence: [1, 8, 64], past_sequence: [0, 8, 63]}}
+passes: [{recipe: optimize}]
+target: {kind: onnxruntime}
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer: Any = Tokenizer.from_file(str(TINY_LLAMA / "tokenizer.json"))
+    config = transformers.BartConfig(
+        vocab_size=tokenizer.get_vocab_size(), d_model=32, encoder_layers=2, decoder_layers=1,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_position_embeddings=64, decoder_start_token_id=2, pad_token_id=0, bos_token_id=1, eos_token_id=3,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    with quiet():
+        model = transformers.BartForConditionalGeneration(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.data.normal_(0.0, 0.5)
+        model.generation_config.forced_bos_token_id = 5
+        model.generation_config.forced_eos_token_id = None  # which would cut answers off where this test ends
+        model.save_pretrained(folder)
+    shutil.copyfile(TINY_LLAMA / "tokenizer.json", folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    folder = tmp_path_factory.mktemp("artifact")
+    (folder / "r.yaml").write_text(RECIPE, encoding="utf-8")
+    lock = Lock.of(str(folder / "r.yaml"), str(checkpoint))
+    return folder, run_compile(str(checkpoint), Recipe.load(folder / "r.yaml"), folder / "out", lock=lock)
+
+
+def expected_answers(checkpoint: Path, prompts: list[str]) -> list[str]:
+    tokenizer: Any = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    rows = [tokenizer.encode(prompt).ids for prompt in prompts]
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = 1
+    with quiet(), torch.inference_mode():
+        model = transformers.BartForConditionalGeneration.from_pretrained(checkpoint).eval()
+        found = model.generate(ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=TOKENS + 1)
+    answers = []
+    for row in found[:, 2:].tolist():  # behind the start token and the forced one
+        end = row.index(3) if 3 in row else len(row)
+        answers.append(tokenizer.decode(row[:end]))
+    return answers
+
+
+def test_answers_are_those_of_transformers(checkpoint: Path, compiled: tuple[Path, Report]) -> None:
+    folder, _ = compiled
+    together = expected_answers(checkpoint, PROMPTS)
+    assert len(set(together)) > 1
+    assert len({letter for answer in together for letter in answer}) > 4, "answers that hardly vary show nothing"
+    assert open_generator(folder / "out", limit=TOKENS).answers(PROMPTS) == together
+    generator = open_generator(folder / "out", limit=TOKENS)
+    assert "".join(generator.stream(PROMPTS[0])) == expected_answers(checkpoint, PROMPTS[:1])[0]
+
+
+def test_one_artifact_holds_both(compiled: tuple[Path, Report]) -> None:
+    folder, report = compiled
+    files = check_artifact(folder / "out")
+    assert {"encoder/model.onnx", "decoder/model.onnx", "recipe.yaml", "tokenizer/tokenizer.json"} <= set(files)
+    encoder, decoder = (onnx.load(folder / "out" / half / "model.onnx").graph for half in ("encoder", "decoder"))
+    made = {value.name.removeprefix("present.") for value in encoder.output} - {"last_hidden_state"}
+    taken = {value.name.removeprefix("past_key_values.") for value in decoder.input}
+    assert made == {name for name in taken if ".encoder." in name} == {"0.encoder.key", "0.encoder.value"}
+    assert [graph.source.half for graph in report.graphs()] == ["encoder", "decoder"]
+    for graph in report.graphs():
+        assert graph.status == "done"
+        assert graph.verification is not None
+        assert graph.verification.reference == "torch"
+        cosines = [n.cosine for step in graph.passes for n in step.numerics if n.cosine is not None]
+        assert cosines
+        assert min(cosines) > 0.99999  # float32, the same arithmetic in another order
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<h1") == 2
+
+
+def test_the_lock_covers_both(checkpoint: Path, compiled: tuple[Path, Report]) -> None:
+    folder, _ = compiled
+    text = (folder / "llmc.lock").read_text(encoding="utf-8")
+    assert "encoder/model.onnx" in text
+    assert "decoder/model.onnx" in text
+    entry = Lock.of(str(folder / "r.yaml"), str(checkpoint), refuses=True)
+    recipe = Recipe.load(folder / "r.yaml")
+    with pytest.raises(LlmcError, match="to something else"):
+        run_compile(str(checkpoint), recipe.with_values({"verify.seed": 7}), folder / "other", lock=entry)
+
+
+def test_a_dry_run_tells_of_both(checkpoint: Path, compiled: tuple[Path, Report]) -> None:
+    folder, _ = compiled
+    found = summary_of(plans(str(checkpoint), Recipe.load(folder / "r.yaml").with_values({"model.opset": 20})))
+    assert list(json.loads(json.dumps(found))) == ["encoder", "decoder"]
+
+
+def test_data_for_both(checkpoint: Path, compiled: tuple[Path, Report], tmp_path: Path) -> None:
+    folder, _ = compiled
+    recipe = Recipe.load(folder / "r.yaml")
+    (tmp_path / "lines.txt").write_text("Return the number\n", encoding="utf-8")
+    asked = recipe.with_values({"verify.inputs": str(tmp_path / "lines.txt")})
+    with pytest.raises(LlmcError, match=r"a folder of \.npz files for each graph, encoder/ and decoder/"):
+        plans(str(checkpoint), asked)
+
+
+def test_a_task_is_of_one_graph(checkpoint: Path, compiled: tuple[Path, Report], tmp_path: Path) -> None:
+    folder, _ = compiled
+    (tmp_path / "labelled.jsonl").write_text("{}\n", encoding="utf-8")
+    task = {"metric": "accuracy", "data": str(tmp_path / "labelled.jsonl")}
+    recipe = Recipe.load(folder / "r.yaml").with_values({"verify.task": task})
+    with pytest.raises(LlmcError, match="a task is measured of one alone"):
+        plans(str(checkpoint), recipe)
+
+
+def test_what_reads_no_text(compiled: tuple[Path, Report], tmp_path: Path) -> None:
+    folder, _ = compiled
+    shutil.copytree(folder / "out", tmp_path / "out")
+    model = onnx.load(tmp_path / "out/encoder/model.onnx")
+    for value in model.graph.input:
+        value.name = value.name.replace("input_ids", "input_features")
+    for node in model.graph.node:
+        node.input[:] = [name.replace("input_ids", "input_features") for name in node.input]
+    onnx.save(model, tmp_path / "out/encoder/model.onnx")
+    with pytest.raises(LlmcError, match="reads input_features, not text"):
+        open_generator(tmp_path / "out")
