@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "compile": "driver",
-    "plan": "driver",
+    "plan": "planning",
     "BudgetError": "errors",
     "LlmcError": "errors",
     "TargetError": "errors",

@@ -226,7 +226,7 @@ Path(sys.argv[2]).touch()
 verdicts = []
 for model, sm in json.loads(sys.argv[1]):
     job = {"kind": "tensorrt-rtx", "model": model, "engine": sys.argv[2], "profiles": [],
-           "compute_capabilities": [sm], "workspace": None}
+           "compute_capabilities": [sm], "workspace": None, "plugins": []}
     try:
         build(job, lambda phase: None)
         verdicts.append(True)
