@@ -13,7 +13,6 @@ from llmc.compiler.blame.report import Blame, Guilty, Point, Sensitivity
 from llmc.compiler.blame.reproducer import smallest_part, write_part
 from llmc.compiler.blame.search import Limits, Search, badness
 from llmc.compiler.blame.sensitivity import rank
-from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.evidence import Given, crash_error
 from llmc.compiler.pipeline import PassCrash
@@ -96,7 +95,7 @@ class Investigation:
         progress("running the source model")
         reference = plan.loaded.reference or Session(plan.loaded.graph).run
         verifier = Verifier(reference, plan.verification)
-        self.replay = Replay(plan.loaded.graph, recipe.passes, self._provide, self._begin)
+        self.replay = Replay(plan.loaded.graph, recipe.passes, self.plan.activations, self._begin)
         self.search = Search(self.replay, verifier, self.limits, progress)
 
     def report(self, found: int | None) -> Blame:
@@ -180,9 +179,6 @@ class Investigation:
         pairs = zip(verifier.expected, map(session.run, verifier.samples), strict=True)
         errors = [badness(compare([pair]), self.metric) for pair in pairs]
         return errors.index(max(errors))
-
-    def _provide(self, step: Pass) -> SampledActivations:
-        return self.plan.activations(step)
 
     def _begin(self, index: int, step: Pass) -> None:
         self.progress(f"pass {index} of {len(self.plan.recipe.passes)}: {step.key()}")
