@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llmc.compiler.digest import digests_of
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.progress import Progress, quiet
 
 MANIFEST = "manifest.json"
 
@@ -78,17 +80,17 @@ def artifact(output: Path, *, force: bool = False) -> Iterator[Path]:
         _remove(partial)
 
 
-def write_manifest(folder: Path, about: Mapping[str, object]) -> dict[str, str]:
+def write_manifest(folder: Path, about: Mapping[str, object], progress: Progress = quiet) -> dict[str, str]:
     """Write `manifest.json`: what `about` says, the SHA-256 of every other file in `folder`, and its own.
 
     Returns those of the other files.
     """
-    files = _digests(folder)
+    files = _digests(folder, progress)
     (folder / MANIFEST).write_text(_signed({**about, "files": files}), encoding="utf-8")
     return files
 
 
-def check_artifact(folder: Path) -> list[str]:
+def check_artifact(folder: Path, progress: Progress = quiet) -> list[str]:
     """The files of an artifact, every one as it was written.
 
     Raises LlmcError with all that has changed, is missing, or has come in, and where there is no artifact.
@@ -99,7 +101,7 @@ def check_artifact(folder: Path) -> list[str]:
     content = json.loads(text)
     content.pop("manifest", None)
     problems = [] if text == _signed(content) else [f"{MANIFEST} is not as it was written"]
-    written, found = content.get("files", {}), _digests(folder)
+    written, found = content.get("files", {}), _digests(folder, progress)
     for name in sorted({*written, *found} - {MANIFEST}):
         if name not in found:
             problems.append(f"{name} is missing")
@@ -118,14 +120,9 @@ def _signed(content: Mapping[str, object]) -> str:
     return json.dumps({**content, "manifest": own}, indent=2) + "\n"
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(folder: Path, progress: Progress) -> dict[str, str]:
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return digests_of(files, "digesting the artifact", progress)
 
 
 def _nearest_existing(path: Path) -> Path:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from llmc.compiler.interruption import Interruption
+from llmc.compiler.progress import error_console, shown
+
 BROKEN, INTERRUPTED = 3, 130
-AGAIN = 0.01
-"""Seconds after which an interrupt that came at a bad moment comes again."""
 INTERRUPTION = "interrupted; nothing half-built was left behind"
 app = typer.Typer(
     name="llmc",
@@ -112,7 +109,7 @@ def compile_command(
     chosen = Recipe.load(recipe).with_settings(settings or [])
     chosen = with_options(chosen, target=target, calibration=calibration, verify_inputs=verify_inputs)
     place = output or Path("build") / chosen.name
-    with _progress() as progress:
+    with shown() as progress:
         if dry_run:
             made = summary_of(plans(model, chosen, tokenizer=tokenizer, offline=offline, progress=progress))
         else:
@@ -136,7 +133,7 @@ def compile_command(
     from llmc.compiler.report.terminal import render
 
     if time_passes:
-        times.render(report.timings, _error_console())
+        times.render(report.timings, error_console())
     _print(report.model_dump(mode="json"), as_json, lambda console: render(report, console, place))
 
 
@@ -160,7 +157,7 @@ def _listeners(dump: Path | None, model: str, print_changed: bool) -> list[Calla
     if dump is not None:
         found.append(PassDump(dump, model))
     if print_changed:
-        found.append(ChangePrinter(_error_console()))
+        found.append(ChangePrinter(error_console()))
     return found
 
 
@@ -209,7 +206,7 @@ def bisect_command(
     chosen = subject.recipe.with_settings(settings or [])
     chosen = with_options(chosen, target="onnx", calibration=calibration, verify_inputs=verify_inputs)
     place = output or Path("build") / f"{chosen.name}.blame"
-    with _progress() as progress:
+    with shown() as progress:
         made = plan(subject.model, chosen, tokenizer=tokenizer, offline=offline, progress=progress)
         subject.check(made)
         blame = bisect(made, place, budget=asked, sensitivity=sensitivity, scan=scan, force=force, progress=progress)
@@ -262,7 +259,7 @@ def explain_command(
     from llmc.compiler.explain import explain, render
     from llmc.compiler.recipe import Recipe
 
-    with _progress() as progress:
+    with shown() as progress:
         progress(f"running the passes up to {key}")
         found = explain(model, key, Recipe.load(recipe))
     _print(found.as_json(), as_json, lambda console: render(found, console))
@@ -299,11 +296,11 @@ def generate_command(
         raise LlmcError("give one of --prompt TEXT and --prompts FILE")
     texts = [prompt] if prompt is not None else read_prompts(prompts or Path())
     choose = sampler(temperature, top_k, top_p, seed) if temperature else greedy
-    with _progress() as progress:
+    with shown() as progress:
         progress("loading the model")
         generator = open_generator(artifact, tokenizer=tokenizer, limit=limit, raw=raw, choose=choose)
     if as_json or prompts is not None:
-        with _progress() as progress:
+        with shown() as progress:
             progress("generating")
             answers = generator.answers(texts)
         found = [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
@@ -331,7 +328,7 @@ def eval_command(
     """Measure a compiled decoder: perplexity of a text, and how far it is from its source."""
     from llmc.compiler.generation.evaluate import evaluate, render
 
-    with _progress() as progress:
+    with shown() as progress:
         found = evaluate(artifact, text, window=window, against=against, tokenizer=tokenizer, progress=progress)
     _print(found.model_dump(mode="json"), as_json, lambda console: render(found, console))
 
@@ -358,7 +355,8 @@ def check_command(
     """Check that every file of an artifact is as it was written."""
     from llmc.compiler.artifact import check_artifact
 
-    files = check_artifact(artifact)
+    with shown() as progress:
+        files = check_artifact(artifact, progress)
     _print(files, as_json, lambda console: console.print(f"{artifact}: {len(files)} files, all as they were written"))
 
 
@@ -451,66 +449,6 @@ def _print(value: object, as_json: bool, render: Callable[[Any], None]) -> None:
     render(Console())
 
 
-@cache
-def _error_console() -> Any:
-    """The one console of the error stream: lines that it prints do not disturb the progress it shows."""
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows what begins now on the error stream, where that is a terminal; quiet elsewhere."""
-    console = _error_console()
-    if not console.is_terminal:
-        yield lambda _phase: None
-        return
-    with console.status("starting") as status:
-        yield lambda phase: status.update(phase)
-
-
-class _Interruption:
-    """Turns signals to KeyboardInterrupt, once no module is being imported, and remembers that there was one."""
-
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-    seen = False
-
-    def __call__(self, _number: int, frame: FrameType | None) -> None:
-        self.seen = True
-        if _importing(frame):  # C code would turn it to an error of its own, and print that
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        else:
-            raise KeyboardInterrupt
-
-    def listen(self) -> None:
-        """From now on Ctrl-C and SIGTERM interrupt."""
-        for number in self.signals:
-            signal.signal(number, self)
-        sys.unraisablehook = self._unraisable
-
-    def end(self) -> None:
-        """From now on nothing is left to interrupt: the exit code stays what it is."""
-        for number in self.signals:
-            signal.signal(number, signal.SIG_IGN)
-
-    def _unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
-        """Python drops what is raised in a destructor or a callback: an interrupt comes again, in a moment."""
-        if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        else:
-            sys.__unraisablehook__(unraisable)
-
-
-def _importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported in this frame or one that called it."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def main() -> NoReturn:
     """Run the command line: one message on the error stream for what the user can mend, a traceback for our bugs."""
     from llmc.passes.errors import LlmcError, PassError
@@ -518,7 +456,7 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII terminal gets '?' for what it cannot show
-    interruption = _Interruption()
+    interruption = Interruption()
     try:
         interruption.listen()
         app()

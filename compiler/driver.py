@@ -20,8 +20,9 @@ from llmc.compiler.generation.tokenizer import copy_tokenizer
 from llmc.compiler.loaders import Feeds
 from llmc.compiler.loaders.tasks import GENERATING
 from llmc.compiler.lock import Lock
-from llmc.compiler.planning import Plan, about, asked_of, plans, quiet
+from llmc.compiler.planning import Plan, about, asked_of, plans
 from llmc.compiler.precision import fallbacks, some
+from llmc.compiler.progress import Counted, Progress, quiet
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import (
     Report,
@@ -32,13 +33,13 @@ from llmc.compiler.report import (
 from llmc.compiler.run import Run
 from llmc.compiler.session import Session
 from llmc.compiler.steps import crashed, record_load, run_passes
-from llmc.compiler.targets import BuildRequest, Built, Progress
+from llmc.compiler.targets import BuildRequest, Built
 from llmc.compiler.targets.input_shapes import dynamic_dimensions
 from llmc.compiler.verification import Verifier
 from llmc.compiler.verification.custom import load_custom
 from llmc.compiler.verification.judge import Judge
 from llmc.compiler.verification.tasks import Task
-from llmc.passes.graph import Array, Graph, save_model
+from llmc.passes.graph import SMALL, Array, Graph, constant_bytes, constants, save_model
 
 NOT_LOCKED = ("recipe.yaml", "report.html", "report.json", "report.md")
 """Files that differ from run to run, or from machine to machine: reports have timings, recipes have paths."""
@@ -106,7 +107,7 @@ def _run(
         if source.task in GENERATING and source.tokenizer is not None:
             copy_tokenizer(source.tokenizer, folder)
         (folder / "recipe.yaml").write_text(recipe.resolved_yaml(), encoding="utf-8")
-        files = write_manifest(folder, about(plans))
+        files = write_manifest(folder, about(plans), progress)
         locked |= {"outputs": {name: digest for name, digest in files.items() if name not in NOT_LOCKED}}
         if lock is not None:
             lock.check(locked)
@@ -143,7 +144,8 @@ def _emit(run: Run, last: pipeline.Step, folder: Path) -> Report:
     made, graph = run.plan, last.graph
     folder.mkdir(exist_ok=True)
     model = folder / "model.onnx"
-    save_model(graph, model)
+    weights = [size for size in map(constant_bytes, constants(graph)) if size >= SMALL]
+    save_model(graph, model, wrote=Counted(run.progress, "writing the model", sum(weights), len(weights), "weight"))
     with run.timed("build"):
         built = _build(run, last.end, model, folder)
     report = run.report(graph, _target_report(made, built, folder))

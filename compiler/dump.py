@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import weakref
 from pathlib import Path
@@ -55,7 +56,8 @@ class PassDump:
             return known[1]
         content = hashlib.sha256(raw_values(values, onnx_dtype)).digest()
         if content not in self._by_content:
-            with (self.folder / WEIGHTS).open("ab") as file:
+            with (self.folder / WEIGHTS).open("r+b") as file:
+                file.seek(0, os.SEEK_END)
                 self._by_content[content] = append_aligned(file, values, onnx_dtype)
         self._regions[id(values)] = (weakref.ref(values), self._by_content[content])
         return self._by_content[content]

@@ -9,27 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compiler import calibration_file, data, versions
-from llmc.compiler.artifact import sha256
 from llmc.compiler.cache.keys import code_digest, key_of
 from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.calibration_file import Section, Statistics
 from llmc.compiler.data import Samples
+from llmc.compiler.digest import sha256
 from llmc.compiler.errors import LlmcError, TwoGraphsError
 from llmc.compiler.loaders import HALVES, Loaded, load
 from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles, verified_sizes
+from llmc.compiler.progress import Progress, quiet
 from llmc.compiler.recipe import Recipe
-from llmc.compiler.targets import Profile, Progress, Target, resolve
+from llmc.compiler.targets import Profile, Target, resolve
 from llmc.passes.base import Pass
 from llmc.passes.graph import shape_of
 from llmc.passes.plugins import PluginPass
 
 _PATHS: Any = {"calibration": {"data", "statistics"}, "judge": {"data"}}
 """Parameters of passes that say where data is, not what."""
-
-
-def quiet(_phase: str) -> None:
-    return None
 
 
 @dataclass

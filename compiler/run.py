@@ -14,8 +14,9 @@ from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.calibration_file import Section
 from llmc.compiler.evidence import Given
-from llmc.compiler.planning import Plan, quiet
+from llmc.compiler.planning import Plan
 from llmc.compiler.precision import Asked, fallbacks
+from llmc.compiler.progress import Progress, quiet
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import (
     ActivationLine,
@@ -31,7 +32,6 @@ from llmc.compiler.report import (
     Verification,
 )
 from llmc.compiler.report.statistics import graph_report
-from llmc.compiler.targets import Progress
 from llmc.compiler.verification.judge import REGIONS_SHOWN, Judge, Verdict
 from llmc.passes.base import Pass, PassResult
 from llmc.passes.graph import Graph

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from llmc.compiler import compile as run_compile
-from llmc.compiler.artifact import sha256
 from llmc.compiler.calibrate import SampledActivations
+from llmc.compiler.digest import sha256
 from llmc.compiler.loaders import load
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import Report

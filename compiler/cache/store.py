@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from llmc.compiler.artifact import sha256
+from llmc.compiler.digest import sha256
+from llmc.passes.graph import FileRegion, append_region
 
 VERSION = "v1"
 """Of this layout: the folder in the cache's place that it stands in."""
 _LOGGER = logging.getLogger("llmc.cache")
-_CHUNK = 1 << 20
 
 
 class DamagedError(Exception):
@@ -249,13 +249,5 @@ def is_held(lock: Path) -> bool:
 
 def copy(source: Path, target: Path) -> None:
     """Copy a file's bytes inside the kernel: file systems that can (btrfs, XFS) share them instead."""
-    with source.open("rb") as read, target.open("wb") as write:
-        left = os.fstat(read.fileno()).st_size
-        try:
-            while left and (done := os.copy_file_range(read.fileno(), write.fileno(), left)):
-                left -= done
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        if left:
-            shutil.copyfileobj(read, write, _CHUNK)
+    with target.open("wb") as file:
+        append_region(file, FileRegion(source, 0), source.stat().st_size)

@@ -11,8 +11,9 @@ import numpy as np
 
 from llmc.compiler.data.fit import fit
 from llmc.compiler.data.samples import Samples
+from llmc.compiler.digest import digest_files
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import Feeds, digest_files
+from llmc.compiler.loaders import Feeds
 from llmc.passes.graph import Array, Tensor, shape_of
 
 

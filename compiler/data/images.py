@@ -11,8 +11,9 @@ import numpy as np
 from llmc.compiler import versions
 from llmc.compiler.data.fit import text
 from llmc.compiler.data.samples import Samples, graph_inputs
+from llmc.compiler.digest import digest_files
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import Feeds, digest_files
+from llmc.compiler.loaders import Feeds
 from llmc.compiler.loaders.images import CONFIGURATIONS, PACKAGES, ImageProcessor, configuration
 from llmc.passes.graph import Array, Graph, Tensor, shape_of
 

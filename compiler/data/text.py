@@ -12,8 +12,9 @@ import numpy as np
 
 from llmc.compiler.data.bounds import index_bounds
 from llmc.compiler.data.samples import Samples, graph_inputs
+from llmc.compiler.digest import digest_files
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import Feeds, digest_files
+from llmc.compiler.loaders import Feeds
 from llmc.passes.graph import Array, Graph, Tensor, shape_of
 
 

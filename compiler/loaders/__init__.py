@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,13 +10,11 @@ from typing import Literal
 
 from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.progress import Progress, quiet
 from llmc.passes.graph import Array, Graph
 
 Feeds = Mapping[str, Array]
 """Input name → value, of one run."""
-
-Progress = Callable[[str], None]
-"""Called with the phase that begins ('reading weights', 'exporting at opset 23 with sdpa attention')."""
 
 Cache = Literal["growing", "none"]
 """Whether a decoder takes and gives the keys and values of earlier tokens."""
@@ -74,7 +71,7 @@ def load(
     trust_remote_code: bool = False,
     offline: bool = False,
     memory: Memory = NOTHING,
-    progress: Progress = lambda _: None,
+    progress: Progress = quiet,
 ) -> Loaded:
     """Load an ONNX file, a folder with `model.onnx`, a Hugging Face or sentence-transformers folder, or a hub id.
 
@@ -94,7 +91,7 @@ def load(
     if path.is_file():
         from llmc.compiler.loaders.onnx_file import load_onnx
 
-        return load_onnx(path, task=task, opset=opset)
+        return load_onnx(path, task=task, opset=opset, progress=progress)
     from llmc.compiler.loaders.huggingface import load_huggingface
 
     fetched = not path.is_dir()
@@ -117,17 +114,6 @@ def load(
         loaded.name = source
         loaded.notes.append(f"{source} was read at revision {path.name}")
     return loaded
-
-
-def digest_files(files: Mapping[str, Path]) -> str:
-    """SHA-256 of a file, or for several the SHA-256 of the lines that `sha256sum` prints for them, sorted by name."""
-    digests = {}
-    for name in sorted(files):
-        with files[name].open("rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    if len(digests) == 1:
-        return next(iter(digests.values()))
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()
 
 
 _PICKLE = "is a pickle, which can run any code when it is read; save the model as .safetensors and give its folder"

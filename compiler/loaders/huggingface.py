@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.cache.keys import code_digest, environment
 from llmc.compiler.cache.memory import NOTHING, Memory
+from llmc.compiler.digest import digest_files
 from llmc.compiler.errors import LlmcError, TwoGraphsError
 from llmc.compiler.generation.decoder import LONGEST
-from llmc.compiler.loaders import HALVES, Cache, Feeds, Half, Loaded, Progress, digest_files
+from llmc.compiler.loaders import HALVES, Cache, Feeds, Half, Loaded
 from llmc.compiler.loaders.checkpoint import Checkpoint, open_checkpoint
 from llmc.compiler.loaders.encoder_decoder import DIMENSIONS
 from llmc.compiler.loaders.hub import SETTINGS
@@ -30,6 +31,7 @@ from llmc.compiler.loaders.tasks import (
     infer_task,
     task_of,
 )
+from llmc.compiler.progress import Progress
 from llmc.passes.graph import Array, Graph, to_structure
 
 if TYPE_CHECKING:
@@ -177,7 +179,7 @@ def _export(source: _TorchModel, opset: int | None, files: Mapping[str, Path]) -
     if signature.longest is not None:
         exported.graph.metadata[LONGEST] = str(signature.longest)
     about = {
-        "digest": digest_files(files),
+        "digest": digest_files(files, source.progress),
         "exporter": f"torch.onnx dynamo, {exported.rung}",
         "limits": signature.limits,
         "vocabulary": signature.bounds.get("input_ids"),

@@ -8,9 +8,11 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from llmc.compiler.data import index_bounds
+from llmc.compiler.digest import digest_files
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import Loaded, digest_files
+from llmc.compiler.loaders import Loaded
 from llmc.compiler.loaders.images import configuration
+from llmc.compiler.progress import Progress, quiet
 from llmc.passes.graph import FileRegion, Graph, Weights, constants, from_model
 
 OPSETS = range(7, 27)
@@ -19,7 +21,7 @@ OPSETS = range(7, 27)
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def load_onnx(path: Path, *, task: str | None = None, opset: int | None = None) -> Loaded:
+def load_onnx(path: Path, *, task: str | None = None, opset: int | None = None, progress: Progress = quiet) -> Loaded:
     """Load an ONNX file; external data must stand in its folder, and stays on disk.
 
     Raises LlmcError where the file is not a whole and valid ONNX model.
@@ -43,7 +45,7 @@ def load_onnx(path: Path, *, task: str | None = None, opset: int | None = None) 
         graph=graph,
         kind="onnx",
         name=path.name,
-        digest=digest_files(files),
+        digest=digest_files(files, progress),
         task=task,
         vocabulary=index_bounds(graph).get("input_ids"),
         tokenizer=path.parent if (path.parent / "tokenizer.json").is_file() else None,

@@ -14,12 +14,13 @@ import numpy as np
 
 from llmc.compiler.data import random_feeds
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import Feeds, Progress
+from llmc.compiler.loaders import Feeds
 from llmc.compiler.loaders.generated import generated, prove_tokens
 from llmc.compiler.loaders.key_values import PAST
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.signature import Signature, run_torch
 from llmc.compiler.loaders.tasks import TEXT_GENERATION
+from llmc.compiler.progress import Progress
 from llmc.compiler.session import Session
 from llmc.passes.graph import SMALL, Array, Graph, Structure, Weights, from_structure
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Literal, Protocol
 
 from llmc.compiler.errors import TargetError
+from llmc.compiler.progress import Progress
 from llmc.compiler.versions import version_of
 from llmc.passes.graph import Graph
 
@@ -50,10 +51,6 @@ class Built:
     layers: list[dict[str, object]] = field(default_factory=list)
     """Engine layers where the builder tells: name, kind, dtype, source nodes."""
     warnings: list[str] = field(default_factory=list)
-
-
-Progress = Callable[[str], None]
-"""Called with the phase that begins ('parsing', 'building …'); may be called from a thread."""
 
 
 class Target(Protocol):

@@ -10,7 +10,8 @@ from pathlib import Path
 import onnx
 
 from llmc.compiler.errors import TargetError
-from llmc.compiler.targets import Availability, BuildRequest, Built, Progress, TargetKind, installed_version
+from llmc.compiler.progress import Progress
+from llmc.compiler.targets import Availability, BuildRequest, Built, TargetKind, installed_version
 from llmc.compiler.targets.input_shapes import profile_problems
 from llmc.passes.graph import Graph
 

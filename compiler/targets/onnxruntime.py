@@ -10,8 +10,9 @@ from typing import Any
 
 from llmc.compiler.blocks import WHOLE_BYTES
 from llmc.compiler.errors import LlmcError, TargetError
+from llmc.compiler.progress import Progress
 from llmc.compiler.session import Session
-from llmc.compiler.targets import Availability, BuildRequest, Built, Progress, TargetKind, installed_version
+from llmc.compiler.targets import Availability, BuildRequest, Built, TargetKind, installed_version
 from llmc.compiler.targets.input_shapes import profile_problems
 from llmc.passes.graph import Graph
 

@@ -11,7 +11,8 @@ from typing import Any
 from onnx import TensorProto
 
 from llmc.compiler.errors import LlmcError, TargetError
-from llmc.compiler.targets import BuildRequest, Built, Progress, engine_header, installed_version, tensorrt_process
+from llmc.compiler.progress import Progress
+from llmc.compiler.targets import BuildRequest, Built, engine_header, installed_version, tensorrt_process
 from llmc.compiler.targets.gpu import driver
 from llmc.compiler.targets.input_shapes import input_shapes, profile_problems
 from llmc.compiler.targets.tensorrt_check import RTX_CAPABILITIES, check_graph, default_capabilities, label

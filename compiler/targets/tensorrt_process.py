@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from llmc.compiler.errors import LlmcError, TargetError
-from llmc.compiler.targets import Progress
+from llmc.compiler.progress import Progress
 from llmc.compiler.targets.tensorrt_import import PRODUCT
 from llmc.compiler.targets.tensorrt_worker import BuildJob, OperatorsJob, RefusedError
 

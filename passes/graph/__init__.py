@@ -20,6 +20,9 @@ from llmc.passes.graph.edit import replace_uses as replace_uses
 from llmc.passes.graph.edit import rewire as rewire
 from llmc.passes.graph.edit import scopes as scopes
 from llmc.passes.graph.edit import unlink as unlink
+from llmc.passes.graph.file_copy import Wrote as Wrote
+from llmc.passes.graph.file_copy import append_region as append_region
+from llmc.passes.graph.file_copy import nobody as nobody
 from llmc.passes.graph.functions import DOMAIN as DOMAIN
 from llmc.passes.graph.functions import KERNELS as KERNELS
 from llmc.passes.graph.functions import is_own as is_own

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -12,59 +13,75 @@ import onnx
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from llmc.passes.graph.edit import constant_bytes, constants
+from llmc.passes.graph.file_copy import Wrote, append_bytes, append_region, nobody
 from llmc.passes.graph.onnx_export import raw_values, refer, to_structure
 from llmc.passes.graph.tensors import SMALL, Array, Graph, Structure, Weights
 
 EXTERNAL_FROM = 256 << 20
 """Bytes of weights from which a saved model keeps them in a file of their own (protobuf ends at 2 GB)."""
+Written = Callable[[str, int], None]
+"""Called with a weight's name and the number of its bytes just written."""
 ALIGNMENT = 4096
 """Bytes; a page, so that every tensor of an external data file can be mapped by itself."""
 
 
-def save_model(graph: Graph, path: Path, *, inline_below: int | None = None) -> list[Path]:
-    """Write the model to `path`; returns the files written.
+def save_model(
+    graph: Graph, path: Path, *, inline_below: int | None = None, wrote: Written = lambda _name, _count: None
+) -> list[Path]:
+    """Write the model to `path`; returns the files written. `wrote` is told of each weight's bytes, a block at a time.
 
     Models whose weights are under `EXTERNAL_FROM` bytes stand in one file; larger ones, and all where `inline_below`
     is given, keep constants of `inline_below` bytes (by default 1 KB) or more in `<path>.data` beside it, each aligned
-    to 4096 bytes so that it can be mapped. Weights are written one at a time.
+    to 4096 bytes so that it can be mapped. Weights are written one at a time; those that stand in a file are copied
+    by the kernel.
     """
     external = inline_below is not None or sum(map(constant_bytes, constants(graph))) >= EXTERNAL_FROM
     structure = to_structure(graph, inline_below=SMALL if inline_below is None else inline_below)
     if not external or not structure.weights:
         with _beside(path) as file:
-            _write_whole(structure, file)
+            _write_whole(structure, file, wrote)
         return [path]
     data = path.with_name(path.name + ".data")
     with _beside(data) as file:
         for tensor in structure.model.graph.initializer:
             if tensor.name in structure.weights:
-                refer(tensor, data.name, *append_aligned(file, structure.weights[tensor.name], tensor.data_type))
+                held = structure.weights[tensor.name]
+                refer(tensor, data.name, *append_aligned(file, held, tensor.data_type, partial(wrote, tensor.name)))
     with _beside(path) as file:
         file.write(structure.model.SerializeToString(deterministic=True))
     return [path, data]
 
 
-def append_aligned(file: IO[bytes], values: Array | Weights, onnx_dtype: int) -> tuple[int, int]:
+def append_aligned(file: IO[bytes], values: Array | Weights, onnx_dtype: int, wrote: Wrote = nobody) -> tuple[int, int]:
     """Append a tensor's bytes to `file`, from the next multiple of `ALIGNMENT` on; where they begin, and how many."""
     file.write(b"\0" * (-file.tell() % ALIGNMENT))
     offset = file.tell()
-    file.write(raw_values(values, onnx_dtype))
+    _append(file, values, onnx_dtype, wrote)
     return offset, file.tell() - offset
+
+
+def _append(file: IO[bytes], values: Array | Weights, onnx_dtype: int, wrote: Wrote) -> None:
+    """Append a tensor's bytes to `file`."""
+    region = values.region() if isinstance(values, Weights) else None
+    if isinstance(values, Weights) and region is not None:
+        append_region(file, region, values.nbytes, wrote)
+    else:
+        append_bytes(file, raw_values(values, onnx_dtype), wrote)
 
 
 @contextmanager
 def _beside(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` once it is whole: the graph may have its weights mapped from there."""
-    partial = path.with_name(f"{path.name}.partial")
+    beside = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with beside.open("wb") as file:
             yield file
-        partial.replace(path)
+        beside.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
-def _write_whole(structure: Structure, file: IO[bytes]) -> None:
+def _write_whole(structure: Structure, file: IO[bytes], wrote: Written) -> None:
     """The bytes that protobuf gives for the model with all weights inside: its fields in the order of their numbers.
 
     Source: https://protobuf.dev/programming-guides/encoding/ (a message in a message is its tag, its length, and it).
@@ -78,15 +95,17 @@ def _write_whole(structure: Structure, file: IO[bytes]) -> None:
     model_begin, model_end = _around(model, "graph")
     file.writelines([model_begin, _head(model, "graph", size), begin])
     for tensor in tensors:
-        file.writelines(tensor.parts())
+        file.write(tensor.start)
+        if tensor.values is not None:
+            _append(file, tensor.values, tensor.dtype, partial(wrote, tensor.name))
     file.writelines([end, model_end])
 
 
 class _Tensor:
-    """An initializer as it stands in a graph's bytes: `values`, where its proto refers to them, come last."""
+    """An initializer as it stands in a graph's bytes: `start`, and `values` last where its proto refers to them."""
 
     def __init__(self, proto: onnx.TensorProto, values: Array | Weights | None) -> None:
-        self.values, self.dtype, length = values, proto.data_type, 0
+        self.name, self.values, self.dtype, length = proto.name, values, proto.data_type, 0
         if values is None:
             inner = proto.SerializeToString(deterministic=True)
         else:
@@ -96,12 +115,6 @@ class _Tensor:
         self.start = _head(onnx.GraphProto(), "initializer", len(inner) + length) + inner
         self.size = len(self.start) + length
         """Bytes in all."""
-
-    def parts(self) -> Iterator[bytes | memoryview]:
-        """The bytes, one after the other."""
-        yield self.start
-        if self.values is not None:
-            yield raw_values(self.values, self.dtype)
 
 
 def _around(message: Message, name: str) -> tuple[bytes, bytes]:

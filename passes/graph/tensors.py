@@ -41,6 +41,10 @@ class Weights:
         self.source = source
         self.nbytes = stored_bytes(onnx_dtype, prod(shape))
 
+    def region(self) -> FileRegion | None:
+        """Where the bytes stand in a file just as ONNX stores them; None where they are in memory, or made anew."""
+        return self.source if isinstance(self.source, FileRegion) and self.nbytes else None
+
     def load(self) -> Array:
         """The values, shaped and typed; a view of mapped pages where the layout allows it."""
         if isinstance(self.source, onnx.TensorProto):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmc.compiler.artifact import artifact, check_artifact, check_place, is_artifact, sha256, write_manifest
+from llmc.compiler.artifact import artifact, check_artifact, check_place, is_artifact, write_manifest
+from llmc.compiler.digest import sha256
 from llmc.compiler.errors import LlmcError
 
 

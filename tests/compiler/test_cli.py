@@ -17,7 +17,7 @@ import onnx.parser
 import pytest
 import yaml
 
-from llmc.compiler.artifact import sha256
+from llmc.compiler.digest import sha256
 
 MODEL = (
     '<ir_version: 10, opset_import: ["": 17]> g (float[N,4] x) => (float[N,4] y) '

@@ -14,8 +14,8 @@ import onnx
 import onnx.parser
 import pytest
 
-from llmc.compiler.artifact import sha256
 from llmc.compiler.cli import app
+from llmc.compiler.digest import sha256
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.pipeline import PassCrash
 from llmc.passes.base import Context, Pass, PassResult

@@ -11,8 +11,8 @@ import onnx.parser
 import pytest
 from typer.testing import CliRunner
 
-from llmc.compiler.artifact import sha256
 from llmc.compiler.cli import app
+from llmc.compiler.digest import sha256
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.lock import Lock, differences
 from llmc.compiler.recipe.source import parse

@@ -153,18 +153,3 @@ def test_a_copy_has_the_same_bytes(tmp_path: Path) -> None:
     source.write_bytes(os.urandom(3_000_001))
     copy(source, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
-
-
-def test_a_copy_where_the_kernel_does_not_do_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = os.copy_file_range, []
-
-    def once(source: int, target: int, count: int) -> int:
-        calls.append(count)
-        if len(calls) > 1:
-            raise OSError(18, "Invalid cross-device link")
-        return real(source, target, min(count, 1000))
-
-    monkeypatch.setattr(os, "copy_file_range", once)
-    (tmp_path / "source").write_bytes(bytes(range(256)) * 100)
-    copy(tmp_path / "source", tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == bytes(range(256)) * 100

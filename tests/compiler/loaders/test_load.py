@@ -10,8 +10,9 @@ from pathlib import Path
 import onnx.parser
 import pytest
 
+from llmc.compiler.digest import digest_files
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.loaders import HUB_ID, digest_files, load
+from llmc.compiler.loaders import HUB_ID, load
 
 MODEL = '<ir_version: 10, opset_import: ["": 20]> g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }'
 

@@ -14,7 +14,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from llmc.compiler.session import Session
-from llmc.passes.graph import Constant, Graph, Node, Variable, constants, load_model, load_values, save_model, to_model
+from llmc.passes.graph import (
+    Constant,
+    Graph,
+    Node,
+    Variable,
+    Weights,
+    constants,
+    load_model,
+    load_values,
+    save_model,
+    to_model,
+)
 
 TYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.int8, np.int64, np.bool_, ml_dtypes.int4, ml_dtypes.uint4]
 
@@ -82,3 +93,23 @@ def test_a_large_constant_that_a_subgraph_gives_back_stays_in_the_proto(
     onnx.checker.check_model(str(tmp_path / "m.onnx"))
     found = Session(load_model(tmp_path / "m.onnx")).run({"q": np.array(True), "x": -values})["y"]
     assert np.array_equal(found, values)
+
+
+@pytest.mark.parametrize("inline_below", [None, 1024])
+def test_weights_in_a_file_go_to_the_new_one_without_being_read(
+    inline_below: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From external data, four bits a value included, into one file and into external data."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-7, 8, 5001).astype(dtype) for dtype in (np.float32, ml_dtypes.bfloat16, ml_dtypes.int4)]
+    (tmp_path / "source").mkdir()
+    save_model(sums(arrays), tmp_path / "source/m.onnx", inline_below=1024)
+    graph = load_model(tmp_path / "source/m.onnx")
+    written = list[tuple[str, int]]()
+    with monkeypatch.context() as patch:
+        patch.setattr(Weights, "load", lambda _self: pytest.fail("a weight was read"))
+        save_model(graph, tmp_path / "m.onnx", inline_below=inline_below, wrote=lambda *piece: written.append(piece))
+    assert written == [("w0", 20004), ("w1", 10002), ("w2", 2501)]
+    onnx.checker.check_model(str(tmp_path / "m.onnx"))
+    for constant, values in zip(constants(load_model(tmp_path / "m.onnx")), arrays, strict=True):
+        assert np.array_equal(load_values(constant).view(np.uint8), values.view(np.uint8))

@@ -1,0 +1,38 @@
+"""SHA-256 of files, told block by block: those of a large model take a while."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from llmc.compiler.progress import Counted, Progress, quiet
+from llmc.passes.graph import Wrote, nobody
+
+_BLOCK = 1 << 20
+
+
+def sha256(path: Path, read: Wrote = nobody) -> str:
+    """Of a file's bytes, in hexadecimal; `read` is told of each block."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            read(count)
+    return digest.hexdigest()
+
+
+def digests_of(files: Mapping[str, Path], phase: str, progress: Progress = quiet) -> dict[str, str]:
+    """Name → SHA-256, sorted by name; `phase` is what the reading is called."""
+    total = sum(path.stat().st_size for path in files.values())
+    told = Counted(progress, phase, total, len(files), "file")
+    return {name: sha256(files[name], partial(told, name)) for name in sorted(files)}
+
+
+def digest_files(files: Mapping[str, Path], progress: Progress = quiet) -> str:
+    """SHA-256 of a file, or for several the SHA-256 of the lines that `sha256sum` prints for them, sorted by name."""
+    digests = digests_of(files, "reading the model's files", progress)
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()
