@@ -7,6 +7,7 @@ A statistic depends on the values alone: not on their order, nor on how they wer
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -312,10 +313,19 @@ class SampledActivations:
         inputs = {tensor.name for tensor in graph.inputs}
         computed = [tensor for tensor in tensors if tensor not in inputs]
         session = Session(graph, computed)
+        taken: deque[Mapping[str, Array]] = deque()
+
+        def ahead() -> Iterator[Mapping[str, Array]]:
+            for feeds in islice(self.samples, samples):
+                taken.append(feeds)
+                yield feeds
+
         number = 0
-        for number, feeds in enumerate(islice(self.samples, samples), 1):
+        made = session.run_each(ahead(), computed) if computed else ({} for _ in ahead())
+        for number, values in enumerate(made, 1):
+            feeds = taken.popleft()
             given = {tensor: feeds[tensor] for tensor in tensors if tensor in inputs}
-            yield number, {**given, **(session.run(feeds, computed) if computed else {})}, feeds.get(MASK)
+            yield number, {**given, **values}, feeds.get(MASK)
         if number == 0:
             raise LlmcError(f"calibration: {self.source} has no samples; give some with --calibration DATA")
 

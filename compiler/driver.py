@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 from llmc.compiler import calibration_file, pipeline
@@ -32,6 +31,7 @@ from llmc.compiler.report import (
 )
 from llmc.compiler.run import Run
 from llmc.compiler.session import Session
+from llmc.compiler.spill import spilling_to
 from llmc.compiler.steps import crashed, record_load, run_passes
 from llmc.compiler.targets import BuildRequest, Built
 from llmc.compiler.targets.input_shapes import dynamic_dimensions
@@ -68,7 +68,7 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
     graph.
     """
     check_place(output, force=force)
-    with open_memory(cached) as memory:
+    with open_memory(cached) as memory, spilling_to(output.parent):
         while True:
             with suppress(DamagedError):  # dropped by now: what it held is made anew
                 made = plans(source, recipe, tokenizer=tokenizer, offline=offline, memory=memory, progress=progress)
@@ -169,16 +169,15 @@ def _verifier(made: Plan, loaded: pipeline.Step, memory: Memory, progress: Progr
     """Holds graphs against the source model, or the graph as loaded where the source cannot be run."""
     source = made.loaded
 
-    @cache
-    def reference() -> Callable[[Feeds], Mapping[str, Array]]:
+    def reference(samples: Iterable[Feeds]) -> Iterable[Mapping[str, Array]]:
         progress("running the source model")
-        return source.reference or Session(loaded.graph).run
+        return map(source.reference, samples) if source.reference else Session(loaded.graph).run_each(samples)
 
     ran = source.digest if source.reference else ""
     about = (ran, source.task, loaded.end.digest, made.verification.digest, len(made.verification))
     section = made.recipe.verify
     custom = load_custom(section.custom, Path(made.recipe.source.label).parent)
-    return Verifier(lambda feeds: reference()(feeds), made.verification, section.asked, memory, about, custom)
+    return Verifier(reference, made.verification, section.asked, memory, about, custom)
 
 
 def _measure_task(run: Run, last: pipeline.Step) -> None:

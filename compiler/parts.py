@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import onnx
 
 from llmc.passes.base import LlmcError
 from llmc.passes.graph import Structure
+
+LARGE = 1 << 20
+"""Bytes from which a weight is large."""
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:
@@ -23,6 +26,32 @@ def _captured(graph: onnx.GraphProto) -> Iterator[str]:
     own |= {name for node in graph.node for name in node.output}
     names = [name for node in graph.node for name in reads(node)]
     yield from (name for name in (*names, *(output.name for output in graph.output)) if name not in own)
+
+
+def by_what_they_read(
+    nodes: Sequence[onnx.NodeProto], constants: Collection[str]
+) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
+    """Nodes in topological order: those that depend on the constants alone, and the others."""
+    known = set(constants)
+    fixed: list[onnx.NodeProto] = []
+    rest: list[onnx.NodeProto] = []
+    for node in nodes:
+        alone = all(name in known for name in reads(node))
+        (fixed if alone else rest).append(node)
+        if alone:
+            known.update(node.output)
+    return fixed, rest
+
+
+def computed_weights(structure: Structure, least: int = LARGE) -> dict[str, onnx.NodeProto]:
+    """Tensor → the node that makes it: those computed from constants alone, of which one has `least` bytes or more."""
+    large = {name for name, held in structure.weights.items() if held.nbytes >= least}
+    fixed, _ = by_what_they_read(structure.model.graph.node, {t.name for t in structure.model.graph.initializer})
+    found: dict[str, onnx.NodeProto] = {}
+    for node in fixed:
+        if any(name in large or name in found for name in reads(node)):
+            found |= {name: node for name in node.output if name}
+    return found
 
 
 def element_types(structure: Structure) -> dict[str, int]:

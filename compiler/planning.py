@@ -16,13 +16,21 @@ from llmc.compiler.calibration_file import Section, Statistics
 from llmc.compiler.data import Samples
 from llmc.compiler.digest import sha256
 from llmc.compiler.errors import LlmcError, TwoGraphsError
+from llmc.compiler.half import has_halves
 from llmc.compiler.loaders import HALVES, Loaded, load
-from llmc.compiler.profiles import check_sizes, declare_inputs, generated_sizes, resolve_profiles, verified_sizes
+from llmc.compiler.profiles import (
+    affordable,
+    check_sizes,
+    declare_inputs,
+    generated_sizes,
+    resolve_profiles,
+    verified_sizes,
+)
 from llmc.compiler.progress import Progress, quiet
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.targets import Profile, Target, resolve
 from llmc.passes.base import Pass
-from llmc.passes.graph import shape_of
+from llmc.passes.graph import Graph, shape_of
 from llmc.passes.plugins import PluginPass
 
 _PATHS: Any = {"calibration": {"data", "statistics"}, "judge": {"data"}}
@@ -194,6 +202,7 @@ def plan(
         progress=progress,
     )
     declare_inputs(loaded.graph, recipe)
+    recipe = _with_half_budgets(recipe, loaded.graph)
     profiles, notes = resolve_profiles(loaded, recipe)
     made = Plan(recipe, loaded, profiles, target, _no_samples(), {}, tokenizer or loaded.tokenizer, notes)
     made.processor = recipe.model.processor or loaded.processor
@@ -282,6 +291,13 @@ def _check_targets(recipe: Recipe, target: Target) -> None:
         )
 
 
+def _with_half_budgets(recipe: Recipe, graph: Graph) -> Recipe:
+    """The recipe with the budgets that hold for a graph that comes in half precision, where it does."""
+    limits = recipe.verify.half_budgets.limits() if has_halves(graph) else {}
+    values = {f"verify.budgets.{metric}": limit for metric, limit in limits.items()}
+    return recipe.with_values(values, "verify.half_budgets")
+
+
 def _with_plugins(recipe: Recipe) -> Recipe:
     """The recipe whose passes know which plugins the target runs."""
     known = {"plugins": recipe.target.plugins}
@@ -306,7 +322,11 @@ def _samples(made: Plan, path: Path | None, count: int, sizes: Sequence[Mapping[
     if path is None:
         section = made.recipe.verify
         vocabulary, ranges = made.loaded.vocabulary, section.ranges
-        return data.generate(graph, sizes, vocabulary=vocabulary, seed=section.seed, count=count, ranges=ranges)
+        cut = affordable(graph, made.profiles, sizes)
+        note = "generated samples are small, for the model is large: give larger ones with verify.inputs"
+        if cut != list(sizes) and note not in made.warnings:
+            made.warnings.append(note)
+        return data.generate(graph, cut, vocabulary=vocabulary, seed=section.seed, count=count, ranges=ranges)
     found = data.from_path(path, graph, made.tokenizer, made.longest(), made.processor, count)
     inputs = [(tensor.name, str(tensor.dtype), shape_of(tensor)) for tensor in graph.inputs]
     parts = (

@@ -12,7 +12,7 @@ from llmc.compiler.loaders import Feeds, Loaded
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.recipe.errors import suggestion
 from llmc.compiler.targets import Profile, Range
-from llmc.passes.graph import Graph
+from llmc.passes.graph import Graph, constants
 from llmc.passes.shapes.dimension import size_at, summands
 
 BATCH = Range(1, 1, 8)
@@ -21,6 +21,8 @@ OTHER = Range(1, 128, 512)
 """Of any other, cut to what the model allows."""
 LARGEST_CORNER = 8
 """How many times the work of the best sizes a generated sample may be."""
+LARGEST_WORK = 1 << 36
+"""Weights times what is put in (tokens): more takes a generated sample longer than some seconds on two cores."""
 
 
 def declare_inputs(graph: Graph, recipe: Recipe) -> None:
@@ -152,6 +154,27 @@ def verified_sizes(profiles: Sequence[Profile], count: int, seed: int = 0) -> li
         profile = profiles[len(found) % len(profiles)]
         found.append({name: int(rng.integers(sizes.min, sizes.opt + 1)) for name, sizes in profile.items()})
     return found[:count]
+
+
+def affordable(graph: Graph, profiles: Sequence[Profile], sizes: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+    """The sizes of generated samples, cut so that one costs at most `LARGEST_WORK` multiplications by weights.
+
+    The largest dimension is halved until that holds, or all are at the least of the profile.
+    """
+    weights = sum(prod(constant.shape) for constant in constants(graph))
+    shapes = [[size for size in tensor.shape or () if isinstance(size, str)] for tensor in graph.inputs]
+    found = []
+    for given in sizes:
+        cut = dict(given)
+        least = next(p for p in profiles if all(p[name].min <= size <= p[name].max for name, size in given.items()))
+        while max((prod(size_at(size, cut) for size in s) for s in shapes), default=1) * weights > LARGEST_WORK:
+            larger = [name for name in cut if cut[name] > max(least[name].min, 1)]
+            if not larger:
+                break
+            name = max(larger, key=lambda n: cut[n])
+            cut[name] = max(cut[name] // 2, least[name].min)
+        found.append(cut)
+    return found
 
 
 def _assumed(name: str, limits: Mapping[str, int]) -> Range:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,13 @@ class Runner:
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
             raise LlmcError(f"ONNX Runtime cannot run this graph: {error}") from error
 
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """The values of `outputs`. Raises LlmcError with the reason where ONNX Runtime fails."""
-        return _run(self._session.run, {**feeds, **self._fed}, outputs)
+    def run_each(self, samples: Iterable[Mapping[str, Array]], outputs: Sequence[str]) -> Iterator[list[Array]]:
+        """For each sample the values of `outputs`. Raises LlmcError with the reason where ONNX Runtime fails."""
+        for feeds in samples:
+            yield _run(self._session.run, {**feeds, **self._fed}, outputs)
 
     def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
-        """The same from OrtValues to OrtValues, which have types that NumPy has not."""
+        """Of one sample, from OrtValues to OrtValues, which have types that NumPy has not."""
         import onnxruntime as ort
 
         fed = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._fed.items()}

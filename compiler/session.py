@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 
-from llmc.compiler.blocks import blocks_of
+from llmc.compiler.blocks import Blocks, blocks_of
 from llmc.compiler.half import has_halves, round_halves
 from llmc.compiler.narrow import has_narrow, spell_out
 from llmc.compiler.runner import Runner
@@ -40,19 +41,34 @@ class Session:
         self.inputs = [info.name for info in structure.model.graph.input]
         self.outputs = [info.name for info in structure.model.graph.output]
         self._floats = _floats(structure.model.graph.input)
-        self._runner = blocks_of(structure) or Runner(structure)
+        self._runner: Blocks | Runner = blocks_of(structure) or Runner(structure)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Output name → value. Inputs that the graph does not have (any more) are left out.
 
         Floats are rounded to the type that the graph takes. What it gives as bfloat16 comes as float32.
         """
+        (found,) = self.run_each([feeds], outputs)
+        return found
+
+    def run_each(
+        self, samples: Iterable[Mapping[str, Array]], outputs: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Array]]:
+        """The same for each sample in turn. Some may be taken ahead: a large model reads its weights once for many."""
         names = list(outputs) if outputs is not None else self.outputs
-        cache = self._cache if self._cache is not None and self._cache.takes(feeds) else None
-        fed = feeds if cache is None else cache.feeds(feeds, self._types)
-        given = {name: self._given(name, fed[name]) for name in self.inputs if name in fed}
-        found = dict(zip(names, self._runner.run(given, names), strict=True))
-        return found if cache is None else cache.outputs(feeds, found)
+        taken: deque[tuple[Mapping[str, Array], StaticCache | None]] = deque()
+
+        def given() -> Iterator[dict[str, Array]]:
+            for feeds in samples:
+                cache = self._cache if self._cache is not None and self._cache.takes(feeds) else None
+                taken.append((feeds, cache))
+                fed = feeds if cache is None else cache.feeds(feeds, self._types)
+                yield {name: self._given(name, fed[name]) for name in self.inputs if name in fed}
+
+        for values in self._runner.run_each(given(), names):
+            feeds, cache = taken.popleft()
+            found = dict(zip(names, values, strict=True))
+            yield found if cache is None else cache.outputs(feeds, found)
 
     def _given(self, name: str, value: Array) -> Array:
         dtype = self._floats.get(name, value.dtype) if value.dtype.kind in "fV" else value.dtype

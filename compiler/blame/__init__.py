@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from llmc.compiler.artifact import artifact, check_place, write_manifest
@@ -93,7 +94,8 @@ class Investigation:
             raise LlmcError(f"recipe '{recipe.name}' has no budget to break: give --metric and its bound")
         self.metric = bounded[0]
         progress("running the source model")
-        reference = plan.loaded.reference or Session(plan.loaded.graph).run
+        source = plan.loaded.reference
+        reference = partial(map, source) if source else Session(plan.loaded.graph).run_each
         verifier = Verifier(reference, plan.verification)
         self.replay = Replay(plan.loaded.graph, recipe.passes, self.plan.activations, self._begin)
         self.search = Search(self.replay, verifier, self.limits, progress)
@@ -176,7 +178,7 @@ class Investigation:
     def worst_sample(self, graph: Graph) -> int:
         """The sample, counted from 0, on which a graph is furthest from the reference."""
         session, verifier = Session(graph), self.search.verifier
-        pairs = zip(verifier.expected, map(session.run, verifier.samples), strict=True)
+        pairs = zip(verifier.expected, session.run_each(verifier.samples), strict=True)
         errors = [badness(compare([pair]), self.metric) for pair in pairs]
         return errors.index(max(errors))
 

@@ -35,7 +35,7 @@ def rank(
     no layer.
     """
     key = done.step.key()
-    given = Verifier(Session(done.before).run, verifier.samples)
+    given = Verifier(Session(done.before).run_each, verifier.samples)
     groups = _layers(done)
     every = {(rewrite.rule, rewrite.node) for rewrite in done.result.rewrites}
     ops = {node.name: node.op for node in done.before.nodes}

@@ -248,6 +248,9 @@ class VerifySection(Section):
         "graph where they moved by more than rounding and at the end; 'final': the whole graph at the end.",
     )
     budgets: Budgets = Field(Budgets(), description="Must hold after every step that is compared.")
+    half_budgets: Budgets = Field(
+        Budgets(), description="Budgets that stand in for these where the model comes in float16 or bfloat16."
+    )
     pass_budgets: dict[str, Budgets] = Field(
         {}, description="Pass → budgets that stand in for the general ones after this pass."
     )
@@ -264,7 +267,7 @@ class VerifySection(Section):
 
     @model_validator(mode="after")
     def _budgets_are_measured(self) -> Self:
-        for budgets in (self.budgets, *self.pass_budgets.values()):
+        for budgets in (self.budgets, self.half_budgets, *self.pass_budgets.values()):
             unmeasured = set(budgets.limits()) - set(self.metrics) - set(LOGITS_METRICS)
             if unmeasured:
                 raise ValueError(f"has a budget for {', '.join(sorted(unmeasured))}, which metrics leaves out")

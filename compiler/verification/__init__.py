@@ -16,4 +16,4 @@ from llmc.passes.graph import Graph
 
 def verify(graph: Graph, reference: Graph, samples: Iterable[Feeds]) -> list[OutputNumerics]:
     """How far `graph` is from `reference` on `samples`, output by output."""
-    return Verifier(Session(reference).run, samples).measure(graph)
+    return Verifier(Session(reference).run_each, samples).measure(graph)

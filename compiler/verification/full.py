@@ -19,11 +19,14 @@ from llmc.passes.graph import Array, Graph
 
 
 class Verifier:
-    """Compares graphs with a reference on fixed samples. The reference runs once, and only where that is needed."""
+    """Compares graphs with a reference on fixed samples. The reference runs once, and only where that is needed.
+
+    `reference` gives for each of the samples, in turn, the values of the outputs.
+    """
 
     def __init__(
         self,
-        reference: Callable[[Feeds], Mapping[str, Array]],
+        reference: Callable[[Iterable[Feeds]], Iterable[Mapping[str, Array]]],
         samples: Iterable[Feeds],
         metrics: Sequence[Metric] = METRICS,
         memory: Memory = NOTHING,
@@ -47,7 +50,7 @@ class Verifier:
     @cached_property
     def expected(self) -> Sequence[Mapping[str, Array]]:
         """What the reference makes of the samples."""
-        return outputs.recall(self._memory, self.about, lambda: [dict(self._reference(s)) for s in self.samples])
+        return outputs.recall(self._memory, self.about, lambda: list(map(dict, self._reference(self.samples))))
 
     def measure(self, graph: Graph | State) -> list[OutputNumerics]:
         """Run a graph over the samples (ONNX Runtime, optimizations off) and compare every output.
@@ -60,7 +63,7 @@ class Verifier:
         if found is not None:
             return [OutputNumerics.model_construct(**line) for line in found.value["outputs"]]
         session = Session(graph.graph if isinstance(graph, State) else graph)
-        numerics = compare(zip(self.expected, map(session.run, self.samples), strict=True), self._metrics, self._custom)
+        numerics = compare(zip(self.expected, session.run_each(self.samples), strict=True), self._metrics, self._custom)
         if parts:
             self._memory.keep("numerics", parts, {"outputs": [dict(line) for line in numerics]})
         return numerics

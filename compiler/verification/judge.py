@@ -12,7 +12,7 @@ from llmc.compiler.recipe.sections import VerifySection
 from llmc.compiler.report import OutputNumerics, RegionReport
 from llmc.compiler.verification.budgets import breaches
 from llmc.compiler.verification.full import Verifier
-from llmc.compiler.verification.local import LocalComparison, LocalVerifier
+from llmc.compiler.verification.local import LocalComparison, LocalVerifier, rounding_of
 from llmc.compiler.verification.regions import Side, changed_regions
 from llmc.passes.base import LlmcError, Safety
 
@@ -95,7 +95,7 @@ class Judge:
 
     def _local(self, step: Step, verdict: Verdict, safety: Safety) -> None:
         verdict.comparison = self._compared(step)
-        if verdict.comparison is not None and self._settled(verdict.comparison, step.key):
+        if verdict.comparison is not None and self._settled(verdict.comparison, step):
             verdict.verified = "local"
             return
         self._run_whole(step, verdict)
@@ -125,13 +125,13 @@ class Judge:
             self.memory.keep("regions", parts, {"regions": regions})
         return comparison
 
-    def _settled(self, comparison: LocalComparison, key: str) -> bool:
+    def _settled(self, comparison: LocalComparison, step: Step) -> bool:
         """Whether the regions say enough: the same bits, or rounding that no budget forbids."""
         if comparison.is_exact:
             return True
         moved = [output for region in comparison.regions for output in region.outputs if output.max_abs]
-        forbidden = key in self.section.pass_budgets or breaches(moved, self.section.limits(key))
-        return comparison.is_rounding and not forbidden
+        forbidden = step.key in self.section.pass_budgets or breaches(moved, self.section.limits(step.key))
+        return not forbidden and comparison.is_rounding(rounding_of(step.end.structure))
 
     def _run_whole(self, step: Step, verdict: Verdict) -> None:
         verdict.verified, verdict.numerics = "full", self.verifier.measure(step.end)

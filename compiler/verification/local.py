@@ -2,7 +2,8 @@
 
 The values of all tensors are captured once, by one run of the graph on each captured sample. From then on a step costs
 what its own nodes cost: the new nodes of its regions run on the captured values that they read, and what they make is
-compared with what was captured there, and takes its place.
+compared with what was captured there, and takes its place. Large weights that are computed from constants (widened,
+dequantized) are not captured: what reads them computes them again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import onnx
 
 from llmc.compiler.loaders import Feeds
-from llmc.compiler.parts import element_types, part_of
+from llmc.compiler.parts import computed_weights, element_types, part_of, reads
 from llmc.compiler.report import OutputNumerics, RegionReport
 from llmc.compiler.session import Session
 from llmc.compiler.verification.metrics import compare
@@ -32,6 +33,8 @@ NODES_SHOWN = 8
 """Of a region, in reports."""
 ROUNDING = 1e-5
 """Relative L2 error of a region up to which float32, summed in another order, explains the difference."""
+HALF_ROUNDING = {onnx.TensorProto.FLOAT16: 4 * 2.0**-11, onnx.TensorProto.BFLOAT16: 4 * 2.0**-8}
+"""The same of the halves: that some operators round and others do not, four times at most by half a unit."""
 
 
 @dataclass
@@ -42,10 +45,9 @@ class LocalComparison:
     made: list[dict[str, Array]] | None = None
     """For each captured sample, what the new nodes make; None where that is not known any more."""
 
-    @property
-    def is_rounding(self) -> bool:
+    def is_rounding(self, rounding: float = ROUNDING) -> bool:
         """Whether no region moved further than rounding explains."""
-        return all(region.relative_l2 <= ROUNDING for region in self.regions)
+        return all(region.relative_l2 <= rounding for region in self.regions)
 
     @property
     def is_exact(self) -> bool:
@@ -96,7 +98,7 @@ class LocalVerifier:
 
     def _run(self, after: Structure, regions: Sequence[Region]) -> list[dict[str, Array]]:
         run = _NewNodes(after, [node for region in regions for node in region.new], self.values[0])
-        return [run.values(values) for values in self.values]
+        return run.values(self.values)
 
     def _numerics(
         self, before: Structure, after: Structure, regions: Sequence[Region], made: Sequence[Mapping[str, Array]]
@@ -114,10 +116,10 @@ class LocalVerifier:
     def _misfits(
         self, before: Structure, after: Structure, regions: Sequence[Region], made: Sequence[Mapping[str, Array]]
     ) -> set[str]:
-        """Tensors that have another shape than before: what reads them belongs to the region too."""
+        """Tensors of another shape than before, or of values that are not kept: what reads them joins the region."""
         names = [name for region in regions for name in region.outputs]
         old, new = _Constants(before).pick(names, self.values[0]), _Constants(after).pick(names, made[0])
-        return {name for name in names if old[name].shape != new[name].shape}
+        return {name for name in names if name not in old.keys() & new.keys() or old[name].shape != new[name].shape}
 
     def accept(self, after: Structure, comparison: LocalComparison | None) -> None:
         """Go on from the graph `after`; without its comparison everything is captured anew when it is needed."""
@@ -132,7 +134,8 @@ class LocalVerifier:
                 del values[name]
 
     def _capture(self, structure: Structure) -> None:
-        names = [name for node in structure.model.graph.node for name in node.output if name]
+        made = [name for node in structure.model.graph.node for name in node.output if name]
+        names = [name for name in made if name not in computed_weights(structure)]
         session = Session(from_structure(structure), names)
         size = per_element = 0.0
         for sample in _most_telling(self.samples):
@@ -146,6 +149,12 @@ class LocalVerifier:
             self.values.append(values)
         if not self.values:
             raise LlmcError("there is no sample to verify on")
+
+
+def rounding_of(structure: Structure) -> float:
+    """Relative L2 error of a region up to which rounding explains the difference, in the types of the graph."""
+    kinds = set(element_types(structure).values())
+    return max([ROUNDING, *(error for kind, error in HALF_ROUNDING.items() if kind in kinds)])
 
 
 def _most_telling(samples: Iterable[Feeds]) -> list[Feeds]:
@@ -178,15 +187,22 @@ class _NewNodes:
     """The new nodes of all regions, ready to run on captured values."""
 
     def __init__(self, after: Structure, nodes: Sequence[onnx.NodeProto], captured: Mapping[str, Array]) -> None:
-        self.made = [name for node in nodes for name in node.output if name]
+        weights = computed_weights(after)
+        self.made = [name for node in nodes for name in node.output if name and name not in weights]
         given = {name: onnx.helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in captured.items()}
         chosen = {id(node) for node in nodes}
-        ordered = [node for node in after.model.graph.node if id(node) in chosen]
+        wanted = {name for node in nodes for name in reads(node)}
+        ordered = []
+        for node in reversed(after.model.graph.node):
+            if id(node) in chosen or not wanted.isdisjoint(weights.keys() & set(node.output)):
+                ordered.append(node)
+                wanted.update(reads(node))
+        ordered.reverse()
         part = part_of(after, ordered, given | element_types(after))
-        self.session = Session(from_structure(part), self.made) if nodes else None
+        self.session = Session(from_structure(part), self.made) if self.made else None
 
-    def values(self, captured: Mapping[str, Array]) -> dict[str, Array]:
-        return self.session.run(captured, self.made) if self.session else {}
+    def values(self, captured: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        return list(self.session.run_each(captured, self.made)) if self.session else [{} for _ in captured]
 
 
 class _Constants:
@@ -197,8 +213,9 @@ class _Constants:
         self.weights = structure.weights
 
     def pick(self, names: Sequence[str], values: Mapping[str, Array]) -> dict[str, Array]:
-        """The named constants, and of other names those `values`."""
-        return {name: self._constant(name) if name in self.tensors else values[name] for name in names}
+        """The named constants, and of other names those `values`; without those that are in neither."""
+        known = (name for name in names if name in self.tensors or name in values)
+        return {name: self._constant(name) if name in self.tensors else values[name] for name in known}
 
     def _constant(self, name: str) -> Array:
         held = self.weights.get(name)

@@ -14,6 +14,9 @@ from llmc.compiler.report import OutputNumerics
 from llmc.passes.base import LlmcError
 from llmc.passes.graph import Array
 
+CHUNK = 1 << 20
+"""Values compared at a time, and at least a row."""
+
 
 @dataclass
 class _Sums:
@@ -30,6 +33,14 @@ class _Sums:
     custom: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, expected: Array, found: Array) -> None:
+        """Rows along the last axis are added some at a time: large values are never in float64 as a whole."""
+        width = _row_width(expected)
+        rows = max(1, CHUNK // width)
+        old, new = expected.reshape(-1, width), found.reshape(-1, width)
+        for begin in range(0, len(old), rows):
+            self._add_rows(old[begin : begin + rows], new[begin : begin + rows])
+
+    def _add_rows(self, expected: Array, found: Array) -> None:
         wide = expected.astype(np.float64)
         equal = np.array_equal(expected, found)
         narrow = wide if equal else found.astype(np.float64)
@@ -43,11 +54,11 @@ class _Sums:
                 np.nan_to_num(v, nan=0.0, posinf=0.0, neginf=0.0) for v in (wide, narrow, difference)
             )
             signal, squared = float(np.vdot(wide, wide)), float(np.vdot(difference, difference))
-        if self.logits is not None and _row_width(wide) > 1:
-            self.logits.add(*(values.reshape(-1, _row_width(wide)) for values in (wide, narrow)))
+        if self.logits is not None and wide.shape[1] > 1:
+            self.logits.add(wide, narrow)
         self.signal += signal
         self.difference += squared
-        rows = wide.size // _row_width(wide)
+        rows = len(wide)
         self.rows += rows
         if squared:
             self.max_abs = max(self.max_abs, float(np.abs(difference).max()))

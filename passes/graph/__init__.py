@@ -59,6 +59,7 @@ from llmc.passes.graph.tensors import Structure as Structure
 from llmc.passes.graph.tensors import Tensor as Tensor
 from llmc.passes.graph.tensors import Variable as Variable
 from llmc.passes.graph.tensors import Weights as Weights
+from llmc.passes.graph.tensors import beginning as beginning
 from llmc.passes.graph.tensors import dtype_name as dtype_name
 from llmc.passes.graph.tensors import extra_attributes as extra_attributes
 from llmc.passes.graph.tensors import loaded as loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,8 @@ Shape = tuple[int | str | None, ...]
 
 SMALL = 1024
 """Bytes. Smaller constants always stand inside the graph proto; larger ones may stay in a file."""
+BEGINNING = 1024
+"""Values of a weight that are compared with another's before all are."""
 FOUR_BIT = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
 
 
@@ -45,6 +47,11 @@ class Weights:
         """Where the bytes stand in a file just as ONNX stores them; None where they are in memory, or made anew."""
         return self.source if isinstance(self.source, FileRegion) and self.nbytes else None
 
+    @cached_property
+    def beginning(self) -> bytes:
+        """Of the values: tells most weights apart, and is read, or computed, once."""
+        return beginning(self.load())
+
     def load(self) -> Array:
         """The values, shaped and typed; a view of mapped pages where the layout allows it."""
         if isinstance(self.source, onnx.TensorProto):
@@ -59,6 +66,11 @@ class Weights:
         if self.onnx_dtype in FOUR_BIT:
             return unpack_four_bit(raw, self.dtype, self.shape)
         return raw.view(self.dtype).reshape(self.shape)
+
+
+def beginning(held: Array | Weights) -> bytes:
+    """The first `BEGINNING` values, as NumPy holds them."""
+    return held.beginning if isinstance(held, Weights) else held.flat[:BEGINNING].tobytes()
 
 
 def loaded(held: Array | Weights) -> Array:

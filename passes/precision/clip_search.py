@@ -9,7 +9,7 @@ import numpy as np
 from llmc.passes.base import Activations
 from llmc.passes.graph import Array, Graph
 from llmc.passes.precision.levels import Levels
-from llmc.passes.precision.rows import Rows, batched, gather_rows
+from llmc.passes.precision.rows import ExactProducts, Rows, batched, gather_rows
 from llmc.passes.precision.weight_sites import WeightSite, weight_sites
 
 Clip = tuple[str, float]
@@ -68,15 +68,11 @@ def _is_matrix(site: WeightSite) -> bool:
 def _losses(rows: Rows, weight: Array, levels: Levels, clips: Mapping[Clip, float]) -> dict[Clip, float]:
     """Mean square error of rows · weightᵀ for each clip, each row relative to the spread of its result."""
     kept = np.concatenate([fold.rows for fold in rows.folds])
-    exact = kept @ weight.T
-    spread = np.mean((exact - exact.mean(axis=0)) ** 2, axis=1)
-    importance = 1 / np.maximum(spread, np.finfo(np.float32).tiny)
+    exact = ExactProducts(kept, weight)
 
     def loss(clip: float) -> float:
         scale = levels.scales(np.array([clip], np.float32), np.dtype(np.float32))
         rounded = levels.quantize(kept, scale).astype(np.float32) * scale
-        off = (rounded - kept) @ weight.T
-        off -= off.mean(axis=0)
-        return float(np.mean(np.mean(off**2, axis=1) * importance))
+        return exact.mean_square((rounded - kept) @ weight.T)
 
     return {clip: loss(amax) for clip, amax in clips.items()}

@@ -10,7 +10,7 @@ import ml_dtypes
 import onnx
 from pydantic import Field
 
-from llmc.passes.base import Context, NearMiss, PassResult, Safety
+from llmc.passes.base import Context, PassResult, Safety
 from llmc.passes.graph import (
     DOMAIN,
     Array,
@@ -19,18 +19,13 @@ from llmc.passes.graph import (
     Graph,
     Node,
     dtype_name,
-    fresh_names,
     load_values,
     metadata,
-    module_of,
     onnx_dtype,
-    outputs_of_scopes,
-    scopes,
     shape_of,
 )
-from llmc.passes.placement import Placement
 from llmc.passes.plugins import PluginPass
-from llmc.passes.precision.weight_blocks import WeightBlocks, bias_of, dequantized_weight, problem_of_axis
+from llmc.passes.precision.weight_blocks import WeightBlocks, bias_of, fuse_products, problem_of_axis
 
 MOST_ROWS = 16
 """Of activations, that the kernel is made for."""
@@ -59,22 +54,7 @@ class FuseDequantGemv(PluginPass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         self.needs_plugin()
         context.infer_shapes(graph)
-        result = PassResult()
-        fresh, given_back = fresh_names(graph), outputs_of_scopes(graph)
-        for scope in scopes(graph):
-            placement = Placement(scope, given_back)
-            for node in list(scope.nodes):
-                dequantize = dequantized_weight(node)
-                if dequantize is None:
-                    continue
-                problem = self._problem(node, dequantize)
-                if problem is not None:
-                    result.near_misses.append(NearMiss("FuseDequantGemv", node.name, problem, module_of(node)))
-                elif context.apply(result, "FuseDequantGemv", node, f"'{dequantize.inputs[0].name}'"):
-                    placement.after(node, [_fused(node, dequantize, fresh)])
-                    placement.remove(node)
-            placement.finish()
-        return result
+        return fuse_products(graph, context, "FuseDequantGemv", self._problem, _fused)
 
     def _problem(self, node: Node, dequantize: Node) -> str | None:
         """Why DequantGemv cannot say this product, or would be slow."""

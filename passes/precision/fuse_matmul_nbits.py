@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from pydantic import Field
 
-from llmc.passes.base import Context, NearMiss, Pass, PassResult, Safety
+from llmc.passes.base import Context, Pass, PassResult, Safety
 from llmc.passes.graph import (
     Array,
     Constant,
@@ -18,19 +18,14 @@ from llmc.passes.graph import (
     Node,
     Variable,
     dtype_name,
-    fresh_names,
     load_values,
     metadata,
-    module_of,
     onnx_dtype,
-    outputs_of_scopes,
-    scopes,
 )
-from llmc.passes.placement import Placement
 from llmc.passes.precision.weight_blocks import (
     WeightBlocks,
     bias_of,
-    dequantized_weight,
+    fuse_products,
     is_transposed,
     problem_of_axis,
 )
@@ -70,21 +65,7 @@ class FuseMatmulNbits(Pass):
     )
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        result = PassResult()
-        fresh, given_back = fresh_names(graph), outputs_of_scopes(graph)
-        for scope in scopes(graph):
-            placement = Placement(scope, given_back)
-            for node in list(scope.nodes):
-                dequantize = dequantized_weight(node)
-                if dequantize is None:
-                    continue
-                problem = _problem(node, dequantize)
-                if problem is not None:
-                    result.near_misses.append(NearMiss("FuseMatmulNbits", node.name, problem, module_of(node)))
-                elif context.apply(result, "FuseMatmulNbits", node, f"'{dequantize.inputs[0].name}'"):
-                    placement.after(node, [self._fused(node, dequantize, fresh)])
-                    placement.remove(node)
-            placement.finish()
+        result = fuse_products(graph, context, "FuseMatmulNbits", _problem, self._fused)
         if result.rewrites:
             graph.import_domains = [d for d in graph.import_domains or [] if d.domain != MICROSOFT]
             graph.import_domains.append(onnx.helper.make_opsetid(MICROSOFT, 1))

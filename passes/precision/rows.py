@@ -140,3 +140,20 @@ def batched(channels: Mapping[str, int], memory: int) -> list[dict[str, int]]:
         parts[-1][name] = size
         used += need
     return parts if parts[0] else []
+
+
+class ExactProducts:
+    """rows [n, depth] · weight [channels, depth]ᵀ, and how far other products are from them."""
+
+    def __init__(self, rows: Array, weight: Array) -> None:
+        self.values: Array = rows @ weight.T
+        spread = np.mean((self.values - self.values.mean(axis=0)) ** 2, axis=1)
+        self._importance = 1 / np.maximum(spread, np.finfo(np.float32).tiny)
+
+    def mean_square(self, off: Array) -> float:
+        """Of the errors `off` [n, channels], each row relative to the spread of its result.
+
+        What is the same in all rows does not count, since a bias takes it.
+        """
+        off = off - off.mean(axis=0)
+        return float(np.mean(np.mean(off**2, axis=1) * self._importance))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from llmc.passes.graph import Array
 from llmc.passes.precision.levels import to_levels
-from llmc.passes.precision.rows import Fold, Rows
+from llmc.passes.precision.rows import ExactProducts, Fold, Rows
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """How much of the activation's range goes to the weight: tried in turn, beside leaving all as it is."""
@@ -79,10 +80,7 @@ class _Judge:
         self.weight, self.low, self.high = weight, seen.low, seen.high
         self.offset = middle(seen.low, seen.high) if shift else np.zeros_like(seen.low)
         self.rows = judged.rows
-        exact = judged.rows @ weight.T
-        spread = np.mean((exact - exact.mean(axis=0)) ** 2, axis=1)
-        self.importance = 1 / np.maximum(spread, np.finfo(np.float32).tiny)
-        self.exact = exact
+        self.exact = ExactProducts(judged.rows, weight)
 
     def error(self, alpha: float | None, moved: bool = True) -> float:
         """Root mean square over the rows of how far each is off, relative to its spread."""
@@ -91,6 +89,5 @@ class _Judge:
         scale = channel_scales(reach, self.weight, alpha)
         rounded = to_levels((self.rows - offset) / scale, (reach / scale).max(keepdims=True))
         weight = to_levels(self.weight * scale, np.abs(self.weight * scale).max(axis=1, keepdims=True))
-        off = rounded @ weight.T + (offset @ self.weight.T) - self.exact
-        off -= off.mean(axis=0)
-        return float(np.sqrt(np.mean(np.mean(off**2, axis=1) * self.importance)))
+        off = rounded @ weight.T + (offset @ self.weight.T) - self.exact.values
+        return math.sqrt(self.exact.mean_square(off))

@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
 
-from llmc.passes.graph import Array, Constant, Node, Tensor, load_values
+from llmc.passes.base import Context, NearMiss, PassResult
+from llmc.passes.graph import (
+    Array,
+    Constant,
+    Graph,
+    Node,
+    Tensor,
+    fresh_names,
+    load_values,
+    module_of,
+    outputs_of_scopes,
+    scopes,
+)
+from llmc.passes.placement import Placement
 from llmc.passes.precision.qdq import producer
+
+
+def fuse_products(
+    graph: Graph,
+    context: Context,
+    rule: str,
+    problem_of: Callable[[Node, Node], str | None],
+    fused: Callable[[Node, Node, Callable[[str], str]], Node],
+) -> PassResult:
+    """Put `fused` in the place of each product with a weight in blocks that `problem_of` has nothing against.
+
+    Both get the product and its DequantizeLinear; `fused` a maker of new names too, and takes over the results.
+    """
+    result = PassResult()
+    fresh, given_back = fresh_names(graph), outputs_of_scopes(graph)
+    for scope in scopes(graph):
+        placement = Placement(scope, given_back)
+        for node in list(scope.nodes):
+            dequantize = dequantized_weight(node)
+            if dequantize is None:
+                continue
+            problem = problem_of(node, dequantize)
+            if problem is not None:
+                result.near_misses.append(NearMiss(rule, node.name, problem, module_of(node)))
+            elif context.apply(result, rule, node, f"'{dequantize.inputs[0].name}'"):
+                placement.after(node, [fused(node, dequantize, fresh)])
+                placement.remove(node)
+        placement.finish()
+    return result
 
 
 def dequantized_weight(node: Node) -> Node | None:

@@ -13,6 +13,7 @@ from llmc.passes.graph import (
     Graph,
     Node,
     Tensor,
+    beginning,
     constant_value,
     constants,
     extra_attributes,
@@ -29,8 +30,6 @@ from llmc.passes.graph import (
 
 RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 DETERMINISTIC_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
-PREFIX = 4096
-"""Bytes of equally shaped constants that are compared before all of them are read."""
 
 
 class EliminateCommon(Pass):
@@ -38,7 +37,7 @@ class EliminateCommon(Pass):
 
     Two nodes of one scope are the same when operator, domain, attributes (tensors by their bytes) and inputs are, each
     input at its position: `Clip(x, "", c)` is not `Clip(x, c, "")`. Constants are the same when dtype, shape and bytes
-    are; large ones are read only where their first bytes agree. Outputs of the graph keep their names: where two of
+    are; large ones are read only where their first values agree. Outputs of the graph keep their names: where two of
     them are equal, the second becomes `Identity` of the first. Left alone: random operators, Dropout in training,
     nodes with subgraphs, and operators of domains that ONNX does not define.
 
@@ -62,7 +61,7 @@ def _merge_constants(graph: Graph, given_back: set[int], context: Context, resul
     """Let the first of equal constants stand for all."""
     candidates = [c for c in constants(graph) if id(c) not in given_back and c.dtype.kind != "O"]
     for alike in _groups(candidates, lambda c: (onnx_dtype(c), tuple(c.shape))):
-        for similar in _groups(alike, lambda c: bytes(raw_values(c._values, onnx_dtype(c))[:PREFIX])):
+        for similar in _groups(alike, lambda c: beginning(c._values)):
             for first, *others in _groups(similar, _digest):
                 for constant in others:
                     detail = f"'{constant.name}' is '{first.name}'"

@@ -1,4 +1,4 @@
-"""Which samples a pass calibrates on, and which it judges what it does on: never the same."""
+"""Which samples a pass calibrates on, and which it judges what it does on: never the same; which budgets hold."""
 
 from __future__ import annotations
 
@@ -87,3 +87,10 @@ def test_a_pass_that_judges_nothing_has_all_samples(tmp_path: Path) -> None:
 def test_who_judges_on_what_calibrated_is_told(tmp_path: Path, passes: str, warning: str) -> None:
     found = [line for line in planned(tmp_path, passes).warnings if "flatters" in line]
     assert found == ([warning] if warning else [])
+
+
+@pytest.mark.parametrize(("dtype", "limits"), [("float", {"relative_l2": 1e-4}), ("float16", {"relative_l2": 5e-2})])
+def test_budgets_of_a_model_in_half_precision(tmp_path: Path, dtype: str, limits: dict[str, float]) -> None:
+    onnx.save(onnx.parser.parse_model(MODEL.replace("float[", f"{dtype}[")), tmp_path / "model.onnx")
+    made = plan(str(tmp_path / "model.onnx"), Recipe.load("optimize").with_values({"target.kind": "onnx"}))
+    assert made.recipe.verify.limits() == limits

@@ -9,6 +9,8 @@ import pytest
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Loaded
 from llmc.compiler.profiles import (
+    LARGEST_WORK,
+    affordable,
     check_sizes,
     declare_inputs,
     generated_sizes,
@@ -18,7 +20,7 @@ from llmc.compiler.profiles import (
 )
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.targets import Range
-from llmc.passes.graph import Graph
+from llmc.passes.graph import Derived, Graph, constants
 
 MODEL = "(float[batch,time,4] x) => (float[batch,time,4] y) { y = Relu(x) }"
 
@@ -154,3 +156,20 @@ def test_generated_samples_are_at_the_edges_of_every_profile() -> None:
         profile = profiles[number % 2]
         assert all(profile[n].min <= s <= profile[n].opt for n, s in zip(("batch", "sequence"), sizes, strict=True))
     assert [tuple(s.values()) for s in verified_sizes(profiles, 2)] == found[:2]
+
+
+def test_generated_samples_of_a_large_model_are_cut_to_what_the_profile_allows(parse: Any) -> None:
+    """By the largest of the inputs: what a past and a present have in common counts once."""
+    text = """(int64[batch,new] ids, int64[batch,both] mask, float[batch,2,past,4] keys) => (float[batch,2,past,4] y)
+        <float w = {2}> { y = Mul(keys, w) }"""
+    graph = parse(text)
+    graph.inputs[1].shape[1] = "past + new"
+    profiles = [{"batch": Range(1, 1, 8), "new": Range(2, 128, 512), "past": Range(0, 128, 512)}]
+    small = [{"batch": 1, "new": 128, "past": 128}]
+    assert affordable(graph, profiles, small) == small
+    constant = next(iter(constants(graph)))
+    constant.values = Derived(1, (LARGEST_WORK // 20,), lambda: np.zeros(0, np.float32))
+    assert affordable(graph, profiles, small) == [{"batch": 1, "new": 8, "past": 8}]
+    assert affordable(graph, profiles, [{"batch": 8, "new": 2, "past": 0}]) == [{"batch": 8, "new": 2, "past": 0}]
+    constant.values = Derived(1, (LARGEST_WORK,), lambda: np.zeros(0, np.float32))
+    assert affordable(graph, profiles, small) == [{"batch": 1, "new": 2, "past": 1}], "no less than the profile has"

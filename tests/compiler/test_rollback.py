@@ -55,7 +55,7 @@ class Scales(Pass):
 
 
 def roll_back(step_pass: Pass, graph: Graph, samples: Any) -> tuple[Attempt, int]:
-    reference = Session(graph).run
+    reference = Session(graph).run_each
     loaded = pipeline.loaded(graph)
     section = VerifySection.model_validate({"budgets": {"relative_l2": 1e-3}})
     judge = Judge(section, Verifier(reference, samples), 2)

@@ -32,7 +32,7 @@ def first_breach(case: Any, mode: str) -> tuple[int, str] | None:
     """The first pass that breaks the budget, as a compile in this mode sees it."""
     made = case.plan
     section = VerifySection(mode=mode, budgets=Budgets(relative_l2=ALLOWED * case.sound_error))
-    verifier = Verifier(Session(copy_graph(made.loaded.graph)).run, made.verification)
+    verifier = Verifier(Session(copy_graph(made.loaded.graph)).run_each, made.verification)
     judge, ledger = Judge(section, verifier, len(made.recipe.passes)), Ledger()
     step = pipeline.loaded(copy_graph(made.loaded.graph))
     for index, step_pass in enumerate(made.recipe.passes, start=1):

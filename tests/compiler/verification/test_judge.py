@@ -48,7 +48,7 @@ def judged(parse: Any, random_feeds: Any, monkeypatch: Any) -> Any:
     def judged(passes: list[Pass], text: str = CHAIN, **section: Any) -> tuple[list[Verdict], int]:
         graph = parse(text)
         samples = [random_feeds(graph, seed, 3) for seed in (0, 1)]
-        verifier = Verifier(Session(parse(text)).run, samples)
+        verifier = Verifier(Session(parse(text)).run_each, samples)
         runs = []
         measure = Verifier.measure
         monkeypatch.setattr(Verifier, "measure", lambda self, g: runs.append(g) or measure(self, g))

@@ -1,0 +1,63 @@
+"""Values on disk instead of in memory: what a large model computes on the way, until somebody reads it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import prod
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from llmc.passes.graph import Array
+
+SPILLED_FROM = 1 << 16
+"""Bytes from which a value is worth a place on disk."""
+_FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)
+
+
+@contextmanager
+def spilling_to(folder: Path) -> Iterator[None]:
+    """Within the block, values are spilled to files in `folder` (else where temporary files go)."""
+    token = _FOLDER.set(folder)
+    try:
+        yield
+    finally:
+        _FOLDER.reset(token)
+
+
+class Spill:
+    """Takes values one by one and gives all of them back, the large ones as views of one mapped file.
+
+    The file has no name, so that it goes with the last view of it, or with the process, however that ends.
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self._held: list[Array | tuple[int, np.dtype[Any], tuple[int, ...]]] = []
+
+    def put(self, value: Array) -> int:
+        """Take a value of a type of NumPy's own; its number."""
+        if value.nbytes < SPILLED_FROM:
+            self._held.append(value)
+        else:
+            self._file = self._file or tempfile.TemporaryFile(dir=_FOLDER.get())  # noqa: SIM115 - closed in `values`
+            self._held.append((self._file.tell(), value.dtype, value.shape))
+            self._file.write(np.ascontiguousarray(value).data.cast("B"))
+        return len(self._held) - 1
+
+    def values(self) -> list[Array]:
+        """All values by their numbers; large ones are read-only. Nothing can be put any more."""
+        if self._file is None:
+            return [value for value in self._held if not isinstance(value, tuple)]
+        with self._file as file:
+            file.flush()
+            mapped: Array = np.memmap(file, np.uint8, "r")
+        return [_view(mapped, *held) if isinstance(held, tuple) else held for held in self._held]
+
+
+def _view(mapped: Array, begin: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    return mapped[begin : begin + dtype.itemsize * prod(shape)].view(dtype).reshape(shape)
