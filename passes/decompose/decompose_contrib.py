@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from llmc.passes.base import Context, NearMiss, Pass, PassResult
 from llmc.passes.decompose import decompose_quantized
 from llmc.passes.decompose.activations import ACTIVATIONS
@@ -47,6 +49,10 @@ class DecomposeContrib(Pass):
     RotaryEmbedding, and attention (Attention, MultiHeadAttention, GroupQueryAttention → Attention-23, with masks as
     an additive bias of the same values). Any floating type. The opset is raised where needed: to 23, or 24 for a past.
 
+    New keys and values go where the past of their own sequence ends: by TensorScatter into a past that is as long as
+    the present, else into one that Pad has made so. Where sequences of a batch never differ in length (`padded:
+    false`), they stand behind the past, `Concat(past, new)`.
+
     **Safety:** tolerance; the same arithmetic, rounded in another order (float32: 1e-5 of the largest value).
     Variants that standard operators cannot say stay, with the reason.
 
@@ -56,8 +62,13 @@ class DecomposeContrib(Pass):
 
     safety: ClassVar = "tolerance"
 
+    padded: bool = Field(
+        True,
+        description="Sequences of a batch may differ in length, shorter ones with padding behind.",
+    )
+
     def run(self, graph: Graph, context: Context) -> PassResult:
-        result = decompose(graph, context, FAMILIES, REFUSALS)
+        result = decompose(graph, context, FAMILIES, REFUSALS, padded=self.padded)
         for scope in scopes(graph):
             for node in scope.nodes:
                 if (node.domain or "").startswith(MICROSOFT) and (node.domain, node.op) not in _KNOWN:

@@ -99,8 +99,10 @@ class TypedBuilder(Builder):
 class Site:
     """A node to decompose: its inputs and attributes, and `op`, which makes nodes in its place."""
 
-    def __init__(self, node: Node, op: Any, used: set[int], opset: int) -> None:
-        self.node, self.op, self.opset = node, op, opset
+    def __init__(self, node: Node, op: Any, used: set[int], opset: int, padded: bool = True) -> None:
+        self.node, self.op, self.opset, self.padded = node, op, opset, padded
+        self.notes: list[str] = []
+        """What would have been simpler, and why it is not: near misses of the node that is replaced."""
         self._used = used
 
     def input(self, index: int) -> Tensor | None:
@@ -176,12 +178,17 @@ class Site:
 
 
 def decompose(
-    graph: Graph, context: Context, families: Sequence[Family], refusals: Mapping[str, str] | None = None
+    graph: Graph,
+    context: Context,
+    families: Sequence[Family],
+    refusals: Mapping[str, str] | None = None,
+    *,
+    padded: bool = True,
 ) -> PassResult:
     """Decompose every node that one of `families` has, in the graph and its subgraphs.
 
-    `refusals` are operators of com.microsoft that never can be, with the reason. The opset is raised where a
-    decomposition needs it, if anything is decomposed.
+    `refusals` are operators of com.microsoft that never can be, with the reason. `padded`: sequences of a batch may
+    differ in length. The opset is raised where a decomposition needs it, if anything is decomposed.
     """
     known = {key: how for family in families for key, how in family.of.items()}
     result = PassResult()
@@ -191,7 +198,7 @@ def decompose(
     while True:
         infer_shapes(graph)
         result.near_misses.clear()
-        run = _Run(graph, context, known, dict(refusals or {}), blocked, result)
+        run = _Run(graph, context, known, dict(refusals or {}), blocked, result, padded)
         opset = run.walk()
         if opset is None:
             return result
@@ -229,6 +236,7 @@ class _Run:
     blocked: dict[int, str]
     """Opset → why the graph cannot be raised to it."""
     result: PassResult
+    padded: bool
 
     def walk(self) -> int | None:
         """Decompose what can be at this opset; the opset that the graph must be raised to before going on, or None."""
@@ -256,7 +264,8 @@ class _Run:
             return [node]
         builder = TypedBuilder(max(self.graph.opset, how.opset), self.fresh, node.name)
         try:
-            made = how.build(Site(node, builder, self.given_back, self.graph.opset))
+            site = Site(node, builder, self.given_back, self.graph.opset, self.padded)
+            made = how.build(site)
             if self.graph.opset < how.opset:
                 raise NeedsOpsetError(how.opset)
         except (StaysError, NeedsOpsetError) as error:
@@ -270,6 +279,8 @@ class _Run:
             for built in builder.nodes:
                 unlink(built)
             return [node]
+        for note in site.notes:
+            self.miss(node, how.name, note)
         return _take_over(node, builder, made if isinstance(made, tuple) else (made,))
 
     def miss(self, node: Node, rule: str, reason: str) -> None:

@@ -80,7 +80,8 @@ class MergeProjections(Pass):
 
     Where each part of a Split [b, s, h·d] goes through a Reshape and a Transpose to heads [b, h, s, d], which a cache
     of keys and values needs, these come first, once for all: x [b, s, Σ h·d] →
-    `Split(Transpose(Reshape(x, [0, 0, Σ h, d]), [0, 2, 1, 3]), axis=1)`; normalisations of each head stay behind it.
+    `Split(Transpose(Reshape(x, [0, 0, Σ h, d]), [0, 2, 1, 3]), axis=1)`; norms and rotations of each head stay
+    behind it.
 
     **Safety:** tolerance; each number is the same sum, which a kernel for another width may add in another order
     (float32: 1e-6 of the largest value).

@@ -202,3 +202,19 @@ def test_every_decomposition_is_tested() -> None:
     }
     assert untested == set()
     assert not known & set(REFUSALS)
+
+
+def test_without_padding_new_keys_stand_behind_the_past() -> None:
+    """That this gives the same is seen on whole decoders, in tests/test_genai_decoders.py."""
+    body = """(float[B,S,32] x, float[B,1,P,16] k, float[B,1,P,16] v, int32[B] ends, int32[1] total) =>
+        (float[B,S,32] y, float[B,1,T,16] pk, float[B,1,T,16] pv) {
+        y, pk, pv = com.microsoft.GroupQueryAttention<num_heads = 2, kv_num_heads = 1>(x, n, m, k, v, ends, total) }"""
+    body = body.replace("(x, n, m,", "(x, h, h,").replace("float[B,S,32] x,", "float[B,S,32] x, float[B,S,16] h,")
+    padded, whole = graph_of(body), graph_of(body)
+    first, second = DecomposeContrib().run(padded, Context()), DecomposeContrib(padded=False).run(whole, Context())
+    assert [["Pad" in operators(g), "TensorScatter" in operators(g)] for g in (padded, whole)] == [
+        [True] * 2,
+        [False] * 2,
+    ]
+    assert ["Pad makes room" in miss.reason for miss in first.near_misses] == [True]
+    assert second.near_misses == []

@@ -15,7 +15,7 @@ from llmc.passes.graph import Array, Constant, Derived, Graph, copy_graph, infer
 
 SIZES = {"B": 2, "S": 3, "T": 5, "P": 5, "M": 6}
 WEIGHTS = {"wq": (8, 16), "wk": (8, 8), "wv": (8, 8), "bq": (16,), "bk": (8,), "bv": (8,)}
-WEIGHTS |= {"nq": (16, 8), "nk": (8, 8), "row": (1, 8)}
+WEIGHTS |= {"nq": (16, 8), "nk": (8, 8), "row": (1, 8), "row4": (4,)}
 ATTEND = "y = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v)"
 BIASED = "a = MatMul(x, wq) q = Add(a, bq) b = MatMul(x, wk) k = Add(bk, b) c = MatMul(x, wv) v = Add(c, bv) "
 PLAIN = "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) "
@@ -187,6 +187,26 @@ TWO = "float[B,2,S,4] y, float[B,2,S,4] z"
 APART_FIRES = {
     "two parts of a model's own Split": (APART + TURNED, TWO, ["Reshape", "Transpose", "Split"]),
     "on the last of three axes": (APART.replace("axis=2", "axis=-1") + TURNED, TWO, ["Reshape", "Transpose", "Split"]),
+    "rotated before they are heads": (
+        APART.replace("a = Reshape(p, h)", "t = RotaryEmbedding<num_heads=2>(p, c, s) a = Reshape(t, h)") + TURNED,
+        TWO,
+        ["Reshape", "Transpose", "Split", "RotaryEmbedding"],
+    ),
+    "normalised as rows, and put together again": (
+        APART.replace(
+            "a = Reshape(p, h)",
+            "rows = Constant<value_ints=[0,-1,4]>() i = Reshape(p, rows) n = RMSNormalization(i, row4) "
+            "whole = Constant<value_ints=[0,-1,8]>() t = Reshape(n, whole) a = Reshape(t, h)",
+        )
+        + TURNED,
+        TWO,
+        ["Reshape", "Transpose", "Split", "RMSNormalization"],
+    ),
+    "their length is read": (
+        f"{APART} {TURNED} length = Shape<start=1, end=2>(p)",
+        f"{TWO}, int64[1] length",
+        ["Reshape", "Transpose", "Split", "Shape"],
+    ),
 }
 APART_STAYS = {
     "a part is used whole too": (
@@ -211,6 +231,15 @@ APART_STAYS = {
         "float[B,2,S,4] y, float[B,4,S,2] z",
         "the parts of Split 'p' have heads of several sizes: 4, 2",
     ),
+    "rotated as other heads": (
+        APART.replace("a = Reshape(p, h)", "t = RotaryEmbedding<num_heads=4>(p, e, f) a = Reshape(t, h)") + TURNED,
+        TWO,
+        "'p' goes to Reshape 'a', where a Reshape to heads is needed",
+    ),
+    "their width is read": (
+        f"{APART} {TURNED} [width] width = Shape<start=2>(p)", f"{TWO}, int64[1] width",
+        "'p', before it is split into heads, is an output or used twice",
+    ),
     "normalised over all heads": (
         APART.replace("b = Reshape(r, h)", "n = Reshape(r, h) [norm] b = LayerNormalization<axis=2>(n, s)") + TURNED,
         TWO,
@@ -222,7 +251,7 @@ APART_STAYS = {
 @pytest.mark.parametrize("name", APART_FIRES)
 def test_heads_are_split_before_parts_are_taken_apart(name: str, parse: Any) -> None:
     body, outputs, operators = APART_FIRES[name]
-    graph = build(parse, body, "float[B,S,16] x", outputs)
+    graph = build(parse, body, "float[B,S,16] x, float[B,S,2] c, float[B,S,2] s", outputs)
     changed = copy_graph(graph)
     result = MergeProjections().run(changed, Context())
     assert [(r.rule, r.detail) for r in result.rewrites] == [("heads", "2 + 2")]
@@ -233,7 +262,7 @@ def test_heads_are_split_before_parts_are_taken_apart(name: str, parse: Any) -> 
 @pytest.mark.parametrize("name", APART_STAYS)
 def test_heads_stay_apart(name: str, parse: Any) -> None:
     body, outputs, reason = APART_STAYS[name]
-    graph = build(parse, body, "float[B,S,16] x, float[2,4] s", outputs)
+    graph = build(parse, body, "float[B,S,16] x, float[2,4] s, float[B,S,1] e, float[B,S,1] f", outputs)
     result = MergeProjections().run(graph, Context())
     assert result.rewrites == []
     assert [miss.reason for miss in result.near_misses] == [reason]
