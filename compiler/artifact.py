@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmc.compiler.digest import digests_of
+from llmc.compiler.disk import is_full, nearest_existing
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.progress import Progress, quiet
 
@@ -27,7 +28,7 @@ def check_place(output: Path, *, force: bool) -> None:
             raise LlmcError(f"{output} is a file; choose another directory with -o")
         if any(output.iterdir()) and not is_artifact(output):
             raise LlmcError(f"{output} exists and is no artifact of llmc; add --force to replace it")
-    parent = _nearest_existing(output.parent)
+    parent = nearest_existing(output.parent)
     if not parent.is_dir():
         raise LlmcError(f"{output} cannot be made: {parent} is a file")
     _remove_abandoned(parent / output.name)
@@ -67,7 +68,7 @@ def artifact(output: Path, *, force: bool = False) -> Iterator[Path]:
             _sync(partial)
             _swap(partial, output)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise LlmcError(
                 f"no space left on the disk of {output.parent}; free some, or choose another with -o"
             ) from error
@@ -123,12 +124,6 @@ def _signed(content: Mapping[str, object]) -> str:
 def _digests(folder: Path, progress: Progress) -> dict[str, str]:
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return digests_of(files, "digesting the artifact", progress)
-
-
-def _nearest_existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _partial(output: Path) -> Path:
@@ -221,7 +216,7 @@ def _remove_abandoned(output: Path) -> None:
         return
     for path in output.parent.glob(f".{output.name}.*-*"):
         kind, _, process = path.name.removeprefix(f".{output.name}.").rpartition("-")
-        if kind not in ("partial", "old") or not process.isdigit() or _alive(int(process)) or _is_held(path):
+        if kind not in ("partial", "old", "probe") or not process.isdigit() or _alive(int(process)) or _is_held(path):
             continue  # a process of another container has no number here, but its lock
         if kind == "old" and not output.exists():
             path.rename(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -16,6 +17,7 @@ from llmc.compiler.interruption import Interruption
 from llmc.compiler.progress import error_console, shown
 
 BROKEN, INTERRUPTED = 3, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
 INTERRUPTION = "interrupted; nothing half-built was left behind"
 app = typer.Typer(
     name="llmc",
@@ -472,9 +474,11 @@ def main() -> NoReturn:
         if ended.code == INTERRUPTED:
             _stop(INTERRUPTION, INTERRUPTED)
         raise
-    except Exception:
+    except Exception as error:
         if interruption.seen:
             _stop(INTERRUPTION, INTERRUPTED)
+        if isinstance(error, OSError) and error.errno in FULL:
+            _stop(f"no space left on the disk{f' of {error.filename}' if error.filename else ''}", LlmcError.exit_code)
         raise
     finally:
         interruption.end()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llmc.compiler import calibration_file, pipeline
+from llmc.compiler import calibration_file, disk, pipeline
 from llmc.compiler.artifact import artifact, check_place, write_manifest
 from llmc.compiler.cache import builds
 from llmc.compiler.cache.memory import Memory, State, open_memory
@@ -94,7 +94,9 @@ def _run(
     locked = {**about(plans), "recipe": recipe.document(lambda path: path.name)}
     if lock is not None:
         lock.check(locked)
+    _make_room(plans, output, memory)
     changed = [_change(made, output, stop_after_rewrite, listeners, memory, progress) for made in plans]
+    disk.check_room([last.graph for _, last in changed], output)
     with artifact(output, force=force) as folder:
         reports = [
             _emit(run, last, folder / (run.plan.loaded.half or "") if len(plans) > 1 else folder)
@@ -114,6 +116,14 @@ def _run(
     if lock is not None:
         lock.write(locked)
     return report
+
+
+def _make_room(plans: Sequence[Plan], output: Path, memory: Memory) -> None:
+    """Have the disk hold the output, as far as is known before passes have run. Raises LlmcError where it cannot."""
+    graphs = [made.loaded.graph for made in plans]
+    disk.check_least(graphs, output)
+    engine = plans[0].target.kind in ("tensorrt", "tensorrt-rtx")  # of about the size of the model beside it
+    memory.leave(sum(disk.bytes_to_write(graph, output) for graph in graphs) * (1 + engine), output)
 
 
 def _change(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,14 +113,13 @@ class Lock:
             os.close(folder)
 
     def _replace(self, text: str) -> None:
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, prefix=f".{NAME}-", delete=False) as file:
-            try:
-                file.write(text)
-                file.close()
-                Path(file.name).chmod(0o644)
-                Path(file.name).replace(self.path)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        beside = self.path.with_name(f".{NAME}.partial")  # one name: a killed process leaves nothing that stays
+        try:
+            beside.write_text(text)
+            beside.chmod(0o644)
+            beside.replace(self.path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def differences(locked: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import onnx
 
@@ -17,6 +17,7 @@ from llmc.compiler.cache import limit_of, place
 from llmc.compiler.cache.collect import collect
 from llmc.compiler.cache.keys import key_of
 from llmc.compiler.cache.store import Record, Store
+from llmc.compiler.disk import same_disk
 from llmc.compiler.report.statistics import count_operators, weights_by_dtype
 from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values, to_structure
 
@@ -173,6 +174,15 @@ class Memory:
     def add_files(self, files: Sequence[Path]) -> dict[str, str] | None:
         """Keep copies of files: name → digest, or None where they cannot be kept."""
         return self._write(lambda store: {file.name: store.add_file(file) for file in files})
+
+    def add_written(self, write: Callable[[IO[bytes]], None]) -> str | None:
+        """Keep what `write` writes to a file; its digest, or None where it cannot be kept."""
+        return self._write(lambda store: store.add_written(write))
+
+    def leave(self, size: int, place: Path) -> None:
+        """Leave this room on the disk, in bytes, where the cache is on the same one as `place`."""
+        if self.store is not None and same_disk(self.store.root, place):
+            self.store.left = size
 
     # Graphs
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -29,12 +27,9 @@ def recall(memory: Memory, parts: Sequence[object], make: Callable[[], Outputs])
 
 
 def _keep(memory: Memory, parts: Sequence[object], made: Outputs) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "outputs.npz"
-        np.savez(path, *(value for sample in made for value in sample.values()))
-        digests = memory.add_files([path])
-    if digests is not None:
-        (digest,) = digests.values()
+    values = (value for sample in made for value in sample.values())
+    digest = memory.add_written(lambda file: np.savez(file, *values))
+    if digest is not None:
         memory.keep("outputs", parts, {"names": [list(sample) for sample in made], "file": digest}, [digest])
 
 

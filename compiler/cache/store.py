@@ -19,13 +19,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from llmc.compiler.digest import sha256
+from llmc.compiler.disk import free_bytes
 from llmc.passes.graph import FileRegion, append_region
 
 VERSION = "v1"
@@ -57,6 +58,8 @@ class Store:
         self.limit = limit
         self.written = 0
         """Bytes, by this process."""
+        self.left = 0
+        """Bytes that it leaves on its disk."""
         self._session: Path | None = None
         self._session_lock: IO[bytes] | None = None
         self._verified: set[str] = set()
@@ -138,6 +141,16 @@ class Store:
             self.written += size
             return self._settle(Path(file.name), sha256(Path(file.name)))
 
+    def add_written(self, write: Callable[[IO[bytes]], None]) -> str:
+        """Take in what `write` writes to the file that it is given; returns its digest. Raises OSError."""
+        with self._temporary() as file:
+            write(file)
+            file.close()
+            path = Path(file.name)
+            self._make_room(path.stat().st_size)
+            self.written += path.stat().st_size
+            return self._settle(path, sha256(path))
+
     def has(self, digest: str) -> bool:
         """Whether a blob is there; counts as a use of it."""
         with self.locked():
@@ -212,6 +225,8 @@ class Store:
     def _make_room(self, size: int) -> None:
         if self.written + size > self.limit:
             raise FullError(errno.EDQUOT, f"more than the limit of {self.limit:,} bytes (LLMC_CACHE_LIMIT)")
+        if self.left and free_bytes(self.root) < size + self.left:
+            raise FullError(errno.ENOSPC, "the output needs what room is left on its disk")
 
     def drop(self, path: Path, what: str) -> None:
         """Remove what is damaged, and say so."""

@@ -38,6 +38,7 @@ from llmc.passes.graph.onnx_export import to_structure as to_structure
 from llmc.passes.graph.onnx_file import ALIGNMENT as ALIGNMENT
 from llmc.passes.graph.onnx_file import EXTERNAL_FROM as EXTERNAL_FROM
 from llmc.passes.graph.onnx_file import append_aligned as append_aligned
+from llmc.passes.graph.onnx_file import is_large as is_large
 from llmc.passes.graph.onnx_file import save_model as save_model
 from llmc.passes.graph.onnx_import import copy_graph as copy_graph
 from llmc.passes.graph.onnx_import import from_model as from_model

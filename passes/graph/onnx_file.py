@@ -35,7 +35,7 @@ def save_model(
     to 4096 bytes so that it can be mapped. Weights are written one at a time; those that stand in a file are copied
     by the kernel.
     """
-    external = inline_below is not None or sum(map(constant_bytes, constants(graph))) >= EXTERNAL_FROM
+    external = inline_below is not None or is_large(graph)
     structure = to_structure(graph, inline_below=SMALL if inline_below is None else inline_below)
     if not external or not structure.weights:
         with _beside(path) as file:
@@ -50,6 +50,11 @@ def save_model(
     with _beside(path) as file:
         file.write(structure.model.SerializeToString(deterministic=True))
     return [path, data]
+
+
+def is_large(graph: Graph) -> bool:
+    """Whether the weights of a saved model stand in a file of their own."""
+    return sum(map(constant_bytes, constants(graph))) >= EXTERNAL_FROM
 
 
 def append_aligned(file: IO[bytes], values: Array | Weights, onnx_dtype: int, wrote: Wrote = nobody) -> tuple[int, int]:
