@@ -39,7 +39,7 @@ from llmc.compiler.verification import Verifier
 from llmc.compiler.verification.custom import load_custom
 from llmc.compiler.verification.judge import Judge
 from llmc.compiler.verification.tasks import Task
-from llmc.passes.graph import SMALL, Array, Graph, constant_bytes, constants, save_model
+from llmc.passes.graph import SMALL, Array, Graph, collector_paused, constant_bytes, constants, save_model
 
 NOT_LOCKED = ("recipe.yaml", "report.html", "report.json", "report.md")
 """Files that differ from run to run, or from machine to machine: reports have timings, recipes have paths."""
@@ -72,7 +72,8 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
         while True:
             with suppress(DamagedError):  # dropped by now: what it held is made anew
                 made = plans(source, recipe, tokenizer=tokenizer, offline=offline, memory=memory, progress=progress)
-                return _run(made, output, force, stop_after_rewrite, listeners, memory, lock, progress)
+                with collector_paused():
+                    return _run(made, output, force, stop_after_rewrite, listeners, memory, lock, progress)
 
 
 def _run(

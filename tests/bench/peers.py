@@ -33,11 +33,12 @@ def llmc() -> Optimize:
     passes = Recipe.load("optimize").passes
 
     def optimize(source: Path, target: Path) -> None:
-        graph, context = load_model(source), Context()
-        for step in passes:
-            with suppress(Skip), collector_paused():
-                step.run(graph, context)
-        save_model(graph, target)
+        with collector_paused():
+            graph, context = load_model(source), Context()
+            for step in passes:
+                with suppress(Skip), collector_paused():
+                    step.run(graph, context)
+            save_model(graph, target)
 
     return optimize
 
