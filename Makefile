@@ -9,10 +9,10 @@ MINILM = $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('gt_
 WRITE = import pathlib, $(1) as source; pathlib.Path('$(2)').write_text(source.schema_text(), encoding='utf-8')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format typecheck check bench schema picture constraints clean
+.PHONY: help install demo test test-all lint format typecheck check bench bench-memory schema picture constraints clean
 
 help: ## Print these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Make the virtual environment and install llmc in it
 
@@ -50,6 +50,9 @@ bench: $(INSTALLED) ## Compare with other optimizers and quantizers (MODELOPT=PY
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python tests/bench --out build/bench.json
 	$(BIN)/python tests/bench/quantization.py --out build/bench-int8.json $(if $(MODELOPT),--modelopt $(MODELOPT))
+
+bench-memory: $(INSTALLED) ## Measure compiles of a model of 14 GB: memory, and time (an hour; 70 GB of disk)
+	$(BIN)/python tests/bench/memory.py --out build/bench-memory.json
 
 schema: $(INSTALLED) ## Write what is made from the code anew: the JSON Schemas, docs/passes.md
 	$(BIN)/python -c "$(call WRITE,llmc.compiler.recipe.schema,configs/recipe.schema.json)"

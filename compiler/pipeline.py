@@ -72,7 +72,8 @@ def loaded(graph: Graph, memory: Memory = NOTHING, *, on_disk: bool = False) -> 
     `on_disk` says that the weights are in the user's own file, and need no second place in the cache.
     """
     check_graph(graph, "the loader")
-    state = memory.state(to_structure(graph), stays=on_disk)
+    structure = to_structure(graph)
+    state = memory.state(structure, stays=structure.weights if on_disk else ())
     return Step(0, "load", state, state)
 
 
@@ -112,7 +113,7 @@ def run_pass(
     if outcome is not None:
         step.result, step.skipped, step.end, step.cached = outcome.result, outcome.skipped, outcome.after, True
     else:
-        _run(step, step_pass, Context(ledger, activations), memory)
+        _run(step, step_pass, Context(ledger, activations, memory), memory)
         if activations:
             step.result.warnings += activations.warnings
             step.result.calibrated, step.result.spreads = activations.calibrated, activations.spreads

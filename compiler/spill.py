@@ -21,12 +21,17 @@ _FOLDER: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 @contextmanager
 def spilling_to(folder: Path) -> Iterator[None]:
-    """Within the block, values are spilled to files in `folder` (else where temporary files go)."""
-    token = _FOLDER.set(folder)
+    """Within the block, values are spilled to files on the disk of `folder` (else where temporary files go)."""
+    token = _FOLDER.set(next(place for place in (folder, *folder.absolute().parents) if place.is_dir()))
     try:
         yield
     finally:
         _FOLDER.reset(token)
+
+
+def spill_folder() -> Path:
+    """Where large values go that are in nobody's way there."""
+    return _FOLDER.get() or Path(tempfile.gettempdir())
 
 
 class Spill:
@@ -44,7 +49,7 @@ class Spill:
         if value.nbytes < SPILLED_FROM:
             self._held.append(value)
         else:
-            self._file = self._file or tempfile.TemporaryFile(dir=_FOLDER.get())  # noqa: SIM115 - closed in `values`
+            self._file = self._file or tempfile.TemporaryFile(dir=spill_folder())  # noqa: SIM115 - closed in `values`
             self._held.append((self._file.tell(), value.dtype, value.shape))
             self._file.write(np.ascontiguousarray(value).data.cast("B"))
         return len(self._held) - 1

@@ -14,12 +14,27 @@ from types import MappingProxyType
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
+import onnx
 from pydantic import BaseModel, ConfigDict
 
 from llmc.passes.errors import LlmcError as LlmcError
 from llmc.passes.errors import PassError as PassError
 from llmc.passes.errors import Skip as Skip
-from llmc.passes.graph import Array, Graph, Node, infer_missing_shapes, infer_shapes, module_of
+from llmc.passes.graph import (
+    FOUR_BIT,
+    Array,
+    Graph,
+    Node,
+    Weights,
+    infer_missing_shapes,
+    infer_shapes,
+    module_of,
+    numpy_dtype,
+    raw_values,
+)
+
+STORED_FROM = 1 << 20
+"""Bytes from which a tensor that a pass has made need not stay in memory."""
 
 Safety = Literal["exact", "tolerance", "lossy"]
 Need = Literal["activations"]
@@ -200,12 +215,32 @@ class Activations(Protocol):
         """Sample by sample (numbered from 1) the values of `tensors`; nothing of a sample outlives its turn."""
 
 
+class Storage(Protocol):
+    """Keeps large tensors outside of memory; implemented by the compiler."""
+
+    def hold(self, dtype: int, shape: tuple[int, ...], raw: memoryview) -> Weights:
+        """The tensor whose bytes, as ONNX stores them, are `raw`."""
+
+
 @dataclass
 class Context:
     """What a run gives to its passes: the numbering of rewrites, and activations for those that need them."""
 
     ledger: Ledger = field(default_factory=Ledger)
     activations: Activations | None = None
+    storage: Storage | None = None
+    """Where large tensors that a pass makes stay until the model is written; None: in memory."""
+
+    def keep(self, dtype: int, values: Array) -> Weights:
+        """What a pass has computed, as a tensor of this ONNX type: where it is large, and the run has a place for
+        such, it does not stay in memory. Values of a 4-bit type may come as int8 or uint8.
+        """
+        if dtype not in FOUR_BIT or values.dtype.itemsize > 1:
+            values = values.astype(numpy_dtype(dtype), copy=False)
+        raw = raw_values(values, dtype)
+        if self.storage is not None and len(raw) >= STORED_FROM:
+            return self.storage.hold(dtype, values.shape, raw)
+        return Weights(dtype, values.shape, onnx.TensorProto(data_type=dtype, dims=values.shape, raw_data=bytes(raw)))
 
     def apply(self, result: PassResult, rule: str, node: Node, detail: str = "") -> bool:
         """Ask to do one rewrite at `node`: records it and answers True, or answers False where it is to be left out.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,6 +18,7 @@ import onnx
 from llmc.compiler.cache import limit_of, place
 from llmc.compiler.cache.collect import collect
 from llmc.compiler.cache.keys import key_of
+from llmc.compiler.cache.scratch import Scratch
 from llmc.compiler.cache.store import Record, Store
 from llmc.compiler.disk import same_disk
 from llmc.compiler.report.statistics import count_operators, weights_by_dtype
@@ -146,11 +149,17 @@ class State:
         self._graph = graph
 
 
+Origins = Callable[[Mapping[str, Any], Mapping[str, WeightRef]], Mapping[str, Weights]]
+FoundState = tuple[Mapping[str, Any], State]
+"""A record, and its graph."""
+
+
 class Memory:
     """Results of earlier compiles. Without a store it knows nothing and keeps nothing."""
 
     def __init__(self, store: Store | None = None) -> None:
         self.store = store
+        self._scratch = Scratch()
         self._full = store is None
         self._known: dict[int, tuple[Array | Weights, str]] = {}
         """id of weights → they (so that the id stays theirs) and the digest of their bytes."""
@@ -184,13 +193,27 @@ class Memory:
         if self.store is not None and same_disk(self.store.root, place):
             self.store.left = size
 
+    def hold(self, dtype: int, shape: tuple[int, ...], raw: memoryview) -> Weights:
+        """A large tensor that a pass has made, on disk: in the cache, else in a file that this compile alone sees.
+
+        Implements `passes.base.Storage`. Raises LlmcError where the disk is full.
+        """
+        digest = self._write(lambda store: store.add(raw))
+        if digest is None or self.store is None:
+            return Weights(dtype, shape, self._scratch.add(raw))
+        held = KeptWeights(self.store, WeightRef(digest, dtype, shape))
+        self._known[id(held)] = (held, digest)
+        return held
+
     # Graphs
 
-    def state(self, structure: Structure, *, stays: bool = False) -> State:
-        """A graph that has just been made, kept where that can be; with `stays` its weights are in the user's file."""
+    def state(self, structure: Structure, *, stays: Collection[str] = ()) -> State:
+        """A graph that has just been made, kept where that can be; those weights of it are in the user's file."""
 
         def write(store: Store) -> State:
-            weights = {name: self._weight(store, held, stays) for name, held in structure.weights.items()}
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                list(pool.map(self._origin, (structure.weights[name] for name in stays)))
+            weights = {name: self._reference(held, store.add) for name, held in structure.weights.items()}
             model = store.add(_bytes(structure.model))
             return self._state(store, GraphRef(model, weights))
 
@@ -202,12 +225,17 @@ class Memory:
         weights = {name: self._reference(held, _sha256) for name, held in structure.weights.items()}
         return GraphRef(_sha256(_bytes(structure.model)), weights).digest
 
-    def find_state(self, kind: str, *parts: object) -> tuple[Mapping[str, Any], State] | None:
-        """The record that `keep_state` wrote, and its graph."""
+    def find_state(self, kind: str, *parts: object, origins: Origins | None = None) -> FoundState | None:
+        """The record that `keep_state` wrote, and its graph.
+
+        `origins` gives, of the record and the weights by name, those that stand in the user's own files.
+        """
         record = self.find(kind, *parts)
         if record is None or self.store is None:
             return None
         ref = GraphRef.read(record.value["graph"])
+        for name, held in (origins(record.value, ref.weights) if origins else {}).items():
+            self._stays(ref.weights[name], held)
         elsewhere = (w for w in ref.weights.values() if w not in self._origins and w.sha256 not in record.blobs)
         if not all(self.store.has(weight.sha256) for weight in elsewhere):
             return None
@@ -240,12 +268,15 @@ class Memory:
             self._known[id(held)] = (held, ref.sha256)
         return held
 
-    def _weight(self, store: Store, held: Array | Weights, stays: bool) -> WeightRef:
-        ref = self._reference(held, _sha256 if stays else store.add)
-        if stays and id(held) not in self._known:
-            self._known[id(held)] = (held, ref.sha256)
-            self._origins[ref] = held
-        return ref
+    def _origin(self, held: Array | Weights) -> None:
+        """Remember a weight that stands in the user's own file by its digest."""
+        if id(held) not in self._known:
+            self._stays(self._reference(held, _sha256), held)
+
+    def _stays(self, ref: WeightRef, held: Array | Weights) -> None:
+        """What is read where a graph has this weight."""
+        self._known[id(held)] = (held, ref.sha256)
+        self._origins[ref] = held
 
     def _reference(self, held: Array | Weights, digest: Callable[[memoryview], str]) -> WeightRef:
         """A weight by the digest that is known of it, or else by what `digest` gives for its bytes."""
@@ -281,14 +312,14 @@ NOTHING = Memory()
 def open_memory(wanted: bool = True) -> Iterator[Memory]:
     """The user's cache, for one compile; cut to its limit afterwards. Where it cannot be used, that is said once."""
     if not wanted:
-        yield NOTHING
+        yield Memory()
         return
     store = Store(place(), limit_of())
     try:
         store.open()
     except OSError as error:
         _LOGGER.warning("the cache at %s is not used: %s", store.root, error.strerror)
-        yield NOTHING
+        yield Memory()
         return
     try:
         yield Memory(store)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.cache.keys import code_digest, environment
-from llmc.compiler.cache.memory import NOTHING, Memory
+from llmc.compiler.cache.memory import NOTHING, Memory, WeightRef
 from llmc.compiler.digest import digest_files
 from llmc.compiler.errors import LlmcError, TwoGraphsError
 from llmc.compiler.generation.decoder import LONGEST
@@ -20,6 +20,7 @@ from llmc.compiler.loaders.checkpoint import Checkpoint, open_checkpoint
 from llmc.compiler.loaders.encoder_decoder import DIMENSIONS
 from llmc.compiler.loaders.hub import SETTINGS
 from llmc.compiler.loaders.images import configuration
+from llmc.compiler.loaders.mapped import MappedFiles, Place, PlacedWeights
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.sentence_transformers import Head, is_sentence_transformer, read_head, transformer_folder
 from llmc.compiler.loaders.tasks import (
@@ -68,7 +69,12 @@ def load_huggingface(
     _require_torch(folder)
     model = _TorchModel(checkpoint, task, head, cache, half, trust_remote_code, progress)
     wanted = (task, opset, cache, half)
-    remembered = _Exports(NOTHING if trust_remote_code else memory, folder, wanted)  # code from elsewhere is in no key
+    remembered = _Exports(
+        NOTHING if trust_remote_code else memory,  # code from elsewhere is in no key
+        folder,
+        checkpoint.folder,
+        wanted,
+    )
     tokenizer = next((place for place in (folder, checkpoint.folder) if (place / "tokenizer.json").is_file()), None)
     settings = [checkpoint.folder / "config.json", *(head.files if head else ())]
     files = [*settings, *checkpoint.weights, *([tokenizer / "tokenizer.json"] if tokenizer else [])]
@@ -169,7 +175,8 @@ def _export(source: _TorchModel, opset: int | None, files: Mapping[str, Path]) -
 
     model, missing = source.loaded
     checkpoint, signature = source.checkpoint, source.signature
-    exported = export(model, signature, source.task, opset, source.progress)
+    mapped = MappedFiles(checkpoint.folder, checkpoint.weights)
+    exported = export(model, signature, source.task, opset, source.progress, mapped)
     random = sorted(missing & exported.parameters)
     if random:
         raise LlmcError(
@@ -194,6 +201,8 @@ class _Exports:
 
     memory: Memory
     folder: Path
+    weights: Path
+    """The folder of the weights' files."""
     wanted: tuple[object, ...]
 
     def recall(self, make: Callable[[], tuple[dict[str, Any], Graph]]) -> tuple[Mapping[str, Any], Graph, bool]:
@@ -204,13 +213,23 @@ class _Exports:
         files = {file.relative_to(self.folder).as_posix(): file for p in patterns for file in self.folder.rglob(p)}
         code = code_digest("llmc.compiler.loaders.torch_export"), code_digest(__name__)
         parts = (digest_files(files), self.wanted, code, environment("huggingface"))
-        found = self.memory.find_state("load", *parts)
+        found = self.memory.find_state("load", *parts, origins=self._placed)
         if found is not None:
             return found[0]["about"], found[1].graph, True
         about, graph = make()
-        state = self.memory.state(to_structure(graph))
-        self.memory.keep_state("load", parts, {"about": about}, state)
+        structure = to_structure(graph)
+        placed = {name: held for name, held in structure.weights.items() if isinstance(held, PlacedWeights)}
+        state = self.memory.state(structure, stays=placed)
+        places = {name: asdict(held.place) for name, held in placed.items()}
+        self.memory.keep_state("load", parts, {"about": about, "places": places}, state)
         return about, state.graph, False
+
+    def _placed(self, value: Mapping[str, Any], weights: Mapping[str, WeightRef]) -> dict[str, PlacedWeights]:
+        """The weights that stand in files of the folder, as a record says."""
+        return {
+            name: PlacedWeights(self.weights, Place(**place), weights[name].dtype, weights[name].shape)
+            for name, place in value["places"].items()
+        }
 
 
 def _load_model(checkpoint: Checkpoint, task: str, trust_remote_code: bool) -> tuple[Any, frozenset[str]]:

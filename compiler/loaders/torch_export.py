@@ -17,6 +17,7 @@ from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Feeds
 from llmc.compiler.loaders.generated import generated, prove_tokens
 from llmc.compiler.loaders.key_values import PAST
+from llmc.compiler.loaders.mapped import MappedFiles
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.signature import Signature, run_torch
 from llmc.compiler.loaders.tasks import TEXT_GENERATION
@@ -59,11 +60,18 @@ class Export:
     """Names of the model's parameters and buffers that the graph depends on."""
 
 
-def export(model: Any, signature: Signature, task: str, opset: int | None, progress: Progress) -> Export:
+def export(
+    model: Any,
+    signature: Signature,
+    task: str,
+    opset: int | None,
+    progress: Progress,
+    files: MappedFiles | None = None,
+) -> Export:
     """Export `model` by the first rung whose graph proves right at every size of `signature.checks`.
 
-    The graph's weights are the model's own memory, under the model's names ('.T' behind transposed ones). Raises
-    LlmcError with each rung's reason where none will do.
+    The graph's weights are those in `files` where the model has them mapped from there, else the model's own memory,
+    under the model's names ('.T' behind transposed ones). Raises LlmcError with each rung's reason where none will do.
     """
     decodes = PAST in signature.sample
     ladder = _ladder(decodes or task == TEXT_GENERATION, opset)
@@ -74,7 +82,7 @@ def export(model: Any, signature: Signature, task: str, opset: int | None, progr
         progress(f"exporting at opset {rung.opset} with {rung.attention} attention")
         try:
             with quiet(), _implementations(model, rung.attention) as attention:
-                graph, parameters = _export(model, signature, rung.opset)
+                graph, parameters = _export(model, signature, rung.opset, files)
             progress("comparing with torch")
             _prove(graph, expected)
             if answers is not None:
@@ -145,7 +153,7 @@ def _implementations(model: Any, attention: str) -> Iterator[str]:
             model.set_experts_implementation(experts_before)
 
 
-def _export(model: Any, signature: Signature, opset: int) -> tuple[Graph, frozenset[str]]:
+def _export(model: Any, signature: Signature, opset: int, files: MappedFiles | None) -> tuple[Graph, frozenset[str]]:
     import torch
 
     feeds = random_feeds(signature.inputs, signature.sample, signature.bounds, np.random.default_rng(0))
@@ -174,7 +182,7 @@ def _export(model: Any, signature: Signature, opset: int) -> tuple[Graph, frozen
     written = program.model.opset_imports[""]
     if written != opset:
         raise LlmcError(f"torch.onnx wrote opset {written}")
-    graph = to_graph(program.model, _parameter_names(model))
+    graph = to_graph(program.model, _parameter_names(model), files)
     for tensor, variable in zip(graph.inputs, signature.inputs, strict=True):
         tensor.shape = list(variable.shape)
     return graph, parameters
@@ -218,7 +226,7 @@ NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 """The scope that torch puts where a node comes from no module."""
 
 
-def to_graph(model: ir.Model, names: Mapping[tuple[int, int], str]) -> Graph:
+def to_graph(model: ir.Model, names: Mapping[tuple[int, int], str], files: MappedFiles | None = None) -> Graph:
     """The exporter's model as a Graph that shares its weights; `names` has the parameters by address and size."""
     import onnx_ir as ir
 
@@ -231,7 +239,7 @@ def to_graph(model: ir.Model, names: Mapping[tuple[int, int], str]) -> Graph:
         array.flags.writeable = False
         name = _weight_name(array, given, names, model.graph.initializers)
         value.name = name
-        weights[name] = array
+        weights[name] = files.placed(array) if files is not None else array
         value.const_value = ir.ExternalTensor(
             "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
         )

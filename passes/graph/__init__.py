@@ -69,6 +69,7 @@ from llmc.passes.graph.tensors import module_in as module_in
 from llmc.passes.graph.tensors import module_of as module_of
 from llmc.passes.graph.tensors import numpy_dtype as numpy_dtype
 from llmc.passes.graph.tensors import onnx_dtype as onnx_dtype
+from llmc.passes.graph.tensors import pack_four_bit as pack_four_bit
 from llmc.passes.graph.tensors import shape_of as shape_of
 from llmc.passes.graph.tensors import stored_bytes as stored_bytes
 from llmc.passes.graph.tensors import unpack_four_bit as unpack_four_bit

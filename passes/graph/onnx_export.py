@@ -26,6 +26,7 @@ from llmc.passes.graph.tensors import (
     Weights,
     loaded,
     onnx_dtype,
+    pack_four_bit,
     shape_of,
     stored_bytes,
 )
@@ -50,10 +51,11 @@ def to_model(graph: Graph) -> onnx.ModelProto:
 
 
 def raw_values(values: Array | Weights, onnx_dtype: int) -> memoryview:
-    """The bytes that ONNX stores for a tensor (little-endian, row-major; 4-bit types packed)."""
+    """The bytes that ONNX stores for a tensor (little-endian, row-major; 4-bit types packed, from elements of 8 bits
+    too)."""
     array = loaded(values)
     if onnx_dtype in FOUR_BIT:
-        return memoryview(onnx.numpy_helper.from_array(array).raw_data)
+        return pack_four_bit(array).data
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
 
 

@@ -110,12 +110,23 @@ class Structure:
 
 def unpack_four_bit(raw: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     """Two values a byte, the first in the low nibble (ONNX, "4-bit integer types") → one value an element."""
-    nibbles = np.stack([raw & 0x0F, raw >> 4], axis=-1).reshape(-1)[: prod(shape)]
-    return (
-        nibbles.astype(np.uint8).view(dtype).reshape(shape)
-        if dtype != ml_dtypes.int4
-        else (((nibbles.astype(np.int8) ^ 8) - 8).astype(ml_dtypes.int4).reshape(shape))
-    )
+    nibbles = np.empty((raw.size, 2), np.uint8)
+    np.bitwise_and(raw, 0x0F, out=nibbles[:, 0])
+    np.right_shift(raw, 4, out=nibbles[:, 1])
+    values = nibbles.reshape(-1)[: prod(shape)]
+    if dtype == ml_dtypes.int4:  # signs
+        values ^= 8
+        values -= 8
+    return values.view(dtype).reshape(shape)
+
+
+def pack_four_bit(values: Array) -> Array:
+    """One value an element, of a 4-bit type or one of 8 bits → two values a byte: uint8 [ceil(values / 2)]."""
+    flat = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+    packed = np.zeros((flat.size + 1) // 2, np.uint8)
+    np.left_shift(flat[1::2], 4, out=packed[: flat.size // 2])
+    packed |= flat[0::2] & 0x0F
+    return packed
 
 
 def stored_bytes(onnx_dtype: int, count: int) -> int:

@@ -21,8 +21,11 @@ from llmc.passes.graph import (
     Weights,
     copy_graph,
     fresh_names,
+    load_values,
     metadata,
     module_of,
+    numpy_dtype,
+    onnx_dtype,
     outputs_of_scopes,
     rewire,
 )
@@ -31,9 +34,10 @@ from llmc.passes.precision.calibration import Calibration
 from llmc.passes.precision.channel_scaling import Refusal, divide, quotient
 from llmc.passes.precision.rounding import awq
 from llmc.passes.precision.rounding.gptq import gptq
-from llmc.passes.precision.rounding.grid import Levels, Rounded, nearest
-from llmc.passes.precision.rounding.hqq import hqq
+from llmc.passes.precision.rounding.grid import TYPES, Levels, Rounded, cover, nearest
+from llmc.passes.precision.rounding.hqq import fitted
 from llmc.passes.precision.rounding.moments import Moments, Source, batches, gather
+from llmc.passes.precision.rounding.parts import Levelled, round_in_parts
 from llmc.passes.precision.selection import SelectivePass
 from llmc.passes.precision.weight_sites import WeightSite, weight_sites
 
@@ -109,17 +113,6 @@ class _Group:
     source: Source
     levels: Levels
     sites: list[WeightSite] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A weight as integers."""
-
-    rounded: Rounded
-    clipped: float
-    """Share of its values that are beyond the levels."""
-    detail: str
-    """For the report."""
 
 
 class _Run:
@@ -208,31 +201,41 @@ class _Run:
         for site in group.sites:
             key = (id(site.weight), site.depth_axis)
             found = None if key in self.made else self._rounded(site, group.levels, moments)
-            detail = f"'{site.weight.name}' " + ("as before" if found is None else found.detail)
+            detail = f"'{site.weight.name}' " + ("as before" if found is None else self._told(found))
             if not self.context.apply(self.done, "QuantizeWeights", site.node, detail):
                 continue
             if found is not None:
-                self.made[key] = self._dequantize(site, found.rounded, self.homes.get(key, site.node))
-                self.done.scales.count(found.rounded.grid.scale)
+                self.made[key] = self._dequantize(site, found, self.homes.get(key, site.node))
+                self.done.scales.count(found.scale)
                 self.done.scales.clipped[site.weight.name] = found.clipped
             self._read(site, self.made[key])
             self.done.asked[site.node.name] = f"int{self.step.bits} weights"
 
-    def _rounded(self, site: WeightSite, levels: Levels, moments: Moments | None) -> _Found:
-        matrix = site.matrix().astype(np.float32)
-        if not np.isfinite(matrix).all():
-            raise LlmcError(f"quantize-weights: weight '{site.weight.name}' of {site.node.name} has NaN or infinity")
+    def _rounded(self, site: WeightSite, levels: Levels, moments: Moments | None) -> Levelled:
         if moments is None:
-            rounded = nearest(matrix, levels) if self.step.method == "rtn" else hqq(matrix, levels)
-            detail = f"by {self.step.method}: moved by {relative_error(matrix, rounded, None):.2%}"
-            return _Found(rounded, rounded.grid.clipped(matrix), detail)
-        hessian = moments.hessian
+            fit = cover if self.step.method == "rtn" else fitted
+            try:
+                return round_in_parts(load_values(site.weight), site.depth_axis, levels, fit)
+            except ValueError as error:
+                raise self._unusable(site) from error
+        matrix, hessian = site.matrix().astype(np.float32), moments.hessian
+        if not np.isfinite(matrix).all():
+            raise self._unusable(site)
         if self.step.method == "gptq":
             rounded = gptq(matrix, awq.clip(matrix, levels, hessian), hessian)
         else:
             rounded = nearest(matrix, levels, awq.clip_together(matrix, levels, hessian))
-        detail = f"by {self.step.method}: moves its output by {relative_error(matrix, rounded, hessian):.2%}"
-        return _Found(rounded, rounded.grid.clipped(matrix), detail)
+        grid, integers = rounded.grid, site.shaped(rounded.integers)
+        scale, zero = site.shaped(grid.scale), site.shaped(grid.zero)
+        return Levelled(integers, scale, zero, grid.clipped(matrix), relative_error(matrix, rounded, hessian))
+
+    def _unusable(self, site: WeightSite) -> LlmcError:
+        return LlmcError(f"quantize-weights: weight '{site.weight.name}' of {site.node.name} has NaN or infinity")
+
+    def _told(self, found: Levelled) -> str:
+        """What the report says of it."""
+        moved = "moves its output" if self.step.method in CALIBRATED else "moved"
+        return f"by {self.step.method}: {moved} by {found.error:.2%}"
 
     # AWQ's scales
 
@@ -277,16 +280,15 @@ class _Run:
         self.replaced.append(site.weight)
         rewire([(site.node, site.position, weight)])
 
-    def _dequantize(self, site: WeightSite, rounded: Rounded, home: Node) -> Variable:
-        weight, grid = site.weight, rounded.grid
+    def _dequantize(self, site: WeightSite, found: Levelled, home: Node) -> Variable:
+        weight, kind = site.weight, TYPES[self.step.bits, self.step.symmetric]
         blocked = self.step.block != "channel"
         inputs: list[Tensor] = [
-            Constant(self.fresh(f"{weight.name}_{rounded.integers.dtype.name}"), packed(site.shaped(rounded.integers))),
-            Constant(self.fresh(f"{weight.name}_scale"), self._parameters(site, grid.scale).astype(weight.dtype)),
+            self._stored(f"{weight.name}_{numpy_dtype(kind).name}", kind, found.integers),
+            self._stored(f"{weight.name}_scale", onnx_dtype(weight), self._by_channel(found.scale)),
         ]
         if not self.step.symmetric:
-            zero = self._parameters(site, grid.zero).astype(grid.levels.dtype)
-            inputs.append(Constant(self.fresh(f"{weight.name}_zero_point"), packed(zero)))
+            inputs.append(self._stored(f"{weight.name}_zero_point", kind, self._by_channel(found.zero)))
         attributes = (
             {"axis": site.depth_axis, "block_size": self.step.block} if blocked else {"axis": site.channel_axis}
         )
@@ -294,9 +296,13 @@ class _Run:
         self._add("DequantizeLinear", home, site.node, inputs, made, **attributes)
         return made
 
-    def _parameters(self, site: WeightSite, values: Array) -> Array:
-        """[rows, blocks] → beside the weight's axes; [channels] where each has one block."""
-        return site.shaped(values) if self.step.block != "channel" else values.reshape(-1)
+    def _by_channel(self, values: Array) -> Array:
+        """Beside the weight's axes where there are blocks; [channels] where each has one."""
+        return values if self.step.block != "channel" else values.reshape(-1)
+
+    def _stored(self, name: str, kind: int, values: Array) -> Constant:
+        """A constant of this ONNX type, its bytes where the run keeps large ones."""
+        return Constant(self.fresh(name), self.context.keep(kind, values))
 
     def _add(
         self, op: str, home: Node, user: Node, inputs: list[Tensor], output: Variable, **attributes: object

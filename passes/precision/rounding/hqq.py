@@ -20,7 +20,12 @@ ITERATIONS = 20
 
 
 def hqq(matrix: Array, levels: Levels) -> Rounded:
-    """Round `matrix` [rows, depth] to nearest, on grids fitted to it; each block keeps the best that was seen."""
+    """Round `matrix` [rows, depth] to nearest, on grids fitted to it."""
+    return nearest(matrix, levels, fitted(matrix, levels))
+
+
+def fitted(matrix: Array, levels: Levels) -> Grid:
+    """A grid for each block of `matrix` [rows, depth]: the best that was seen while it was fitted."""
     blocks = levels.blocks(matrix)
     grid = best = cover(matrix, levels)
     least = _error(blocks, grid)
@@ -35,7 +40,7 @@ def hqq(matrix: Array, levels: Levels) -> Rounded:
         least = np.where(better, found, least)
         best = Grid(levels, np.where(better, grid.scale, best.scale), np.where(better, grid.zero, best.zero))
         sharpness *= GROWTH
-    return nearest(matrix, levels, best)
+    return best
 
 
 def _error(blocks: Array, grid: Grid) -> Array:

@@ -60,7 +60,7 @@ def exports(parse: GraphParser, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         remaining = list(results)
         asked: list[tuple[int, str]] = []
 
-        def stand_in(model: Any, _: Signature, opset: int) -> tuple[Graph, frozenset[str]]:
+        def stand_in(model: Any, _: Signature, opset: int, _files: Any = None) -> tuple[Graph, frozenset[str]]:
             asked.append((opset, model.config._attn_implementation))
             result = remaining.pop(0)
             if isinstance(result, BaseException):
