@@ -6,7 +6,7 @@ import errno
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -255,26 +255,33 @@ def explain_command(
     model: Model,
     key: Annotated[str, typer.Option("--pass", metavar="PASS", help="Key of the pass.", show_default=False)],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Its passes run first, up to this one.")] = "optimize",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for compile.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show every place where a pass fired or came close, and the first thing that stopped it."""
+    from llmc.compiler.explain import as_json as plain
     from llmc.compiler.explain import explain, render
     from llmc.compiler.recipe import Recipe
 
     with shown() as progress:
         progress(f"running the passes up to {key}")
-        found = explain(model, key, Recipe.load(recipe))
-    _print(found.as_json(), as_json, lambda console: render(found, console))
+        found = explain(model, key, Recipe.load(recipe).with_settings(settings or []))
+    _print(plain(found), as_json, lambda console: render(found, console))
 
 
 @app.command("generate")
 def generate_command(
     artifact: Annotated[
-        Path, typer.Argument(metavar="ARTIFACT", help="Of a decoder; or its ONNX file.", show_default=False)
+        Path,
+        typer.Argument(metavar="ARTIFACT", help="Of a decoder, or its ONNX file; of both halves.", show_default=False),
     ],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to go on from.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A prompt a line, answered side by side.")
+    ] = None,
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option("--input", metavar="FILE", help="What an encoder reads: .wav, or .npz by input; repeatable."),
     ] = None,
     limit: Annotated[int, typer.Option("--tokens", "-n", min=1, help="The most new tokens.")] = 128,
     temperature: Annotated[
@@ -289,26 +296,27 @@ def generate_command(
     tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="In place of the artifact's own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Generate text with a compiled decoder, in ONNX Runtime."""
+    """Generate text with a compiled decoder, or encoder-decoder, in ONNX Runtime."""
     from llmc.compiler.generation.choosing import greedy, sampler
     from llmc.compiler.generation.generate import open_generator, read_prompts, render
     from llmc.passes.errors import LlmcError
 
-    if (prompt is None) == (prompts is None):
-        raise LlmcError("give one of --prompt TEXT and --prompts FILE")
-    texts = [prompt] if prompt is not None else read_prompts(prompts or Path())
+    if sum(map(bool, (prompt is not None, prompts, inputs))) != 1:
+        raise LlmcError("give one of --prompt TEXT, --prompts FILE and --input FILE")
+    names = read_prompts(prompts) if prompts is not None else [prompt or ""]
     choose = sampler(temperature, top_k, top_p, seed) if temperature else greedy
     with shown() as progress:
         progress("loading the model")
         generator = open_generator(artifact, tokenizer=tokenizer, limit=limit, raw=raw, choose=choose)
-    if as_json or prompts is not None:
+        asked, names = generator.read(inputs) if inputs else (names, names)
+    if as_json or prompts is not None or len(names) > 1:
         with shown() as progress:
             progress("generating")
-            answers = generator.answers(texts)
-        found = [{"prompt": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
+            answers = generator.answers(asked)
+        found = [{"prompt": name, "answer": answer} for name, answer in zip(names, answers, strict=True)]
         _print(found, as_json, lambda console: render(found, console))
     else:
-        for piece in generator.stream(texts[0]):
+        for piece in generator.stream(asked if isinstance(asked, Mapping) else asked[0]):
             typer.echo(piece, nl=False)
         typer.echo()
     typer.echo(str(generator.speed), err=True)

@@ -244,7 +244,10 @@ def plans(
     except TwoGraphsError:
         if recipe.verify.task is not None:
             place = recipe.where("verify", "task")
-            raise LlmcError(f"{place}: {source} makes two graphs, and a task is measured of one alone") from None
+            raise LlmcError(
+                f"{place}: {source} makes two graphs, and a task is measured of one alone: leave it out, and measure "
+                "what both make with `llmc eval`"
+            ) from None
         return [planned(recipe.with_values({"model.half": half})) for half in HALVES]
 
 

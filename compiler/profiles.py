@@ -19,6 +19,9 @@ BATCH = Range(1, 1, 8)
 """Of a dimension whose name says batch, where the recipe gives no sizes."""
 OTHER = Range(1, 128, 512)
 """Of any other, cut to what the model allows."""
+TIMES_LEAST = 40, 400
+"""Best and largest size of a dimension that the model sets a least size for, as multiples of that: of the sound that
+wav2vec2 hears, 25 ms at least, these are 1 s and 10 s."""
 LARGEST_CORNER = 8
 """How many times the work of the best sizes a generated sample may be."""
 LARGEST_WORK = 1 << 36
@@ -85,13 +88,19 @@ def resolve_profiles(loaded: Loaded, recipe: Recipe) -> tuple[list[Profile], lis
             limit = loaded.limits.get(name)
             if limit is not None and sizes.max > limit:
                 raise LlmcError(f"{place}: '{name}' goes up to {sizes.max}, the model allows at most {limit}")
+            if sizes.min < loaded.least.get(name, 0):
+                raise LlmcError(
+                    f"{place}: '{name}' begins at {sizes.min}, the model takes at least {loaded.least[name]}"
+                )
         for total, limit in loaded.limits.items():
             best = sum(given[name].opt for name in summands(total) if name in given)
             if best > limit:
                 place = recipe.where("model", "dimensions")
                 raise LlmcError(f"{place}: {total} is {best} at best, the model allows at most {limit}")
-        assumed |= {name: _assumed(name, loaded.limits) for name in names if name not in given}
-        profiles.append({name: given.get(name) or assumed[name] for name in names})
+        assumed |= {name: _assumed(name, loaded) for name in names if name not in given}
+        profile = {name: given.get(name) or assumed[name] for name in names}
+        if profile not in profiles:  # what tells prompts from decoding may be in the other graph of two
+            profiles.append(profile)
     notes = [
         f"the recipe gives no sizes for '{name}': built for {sizes.min} to {sizes.max}, best at {sizes.opt}"
         for name, sizes in assumed.items()
@@ -177,9 +186,12 @@ def affordable(graph: Graph, profiles: Sequence[Profile], sizes: Sequence[Mappin
     return found
 
 
-def _assumed(name: str, limits: Mapping[str, int]) -> Range:
+def _assumed(name: str, loaded: Loaded) -> Range:
+    limits, smallest = loaded.limits, loaded.least.get(name)
     if "batch" in name.lower():
         return BATCH
+    if smallest is not None:
+        return Range(smallest, *(smallest * times for times in TIMES_LEAST))
     shared = [limit for total, limit in limits.items() if name in summands(total) and name != total]
     limit = min([*shared, limits.get(name, OTHER.max)])
     least = 0 if name.lower().startswith("past") else OTHER.min

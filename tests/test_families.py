@@ -22,7 +22,8 @@ from llmc.compiler.data import random_feeds
 from llmc.compiler.errors import LlmcError, TargetError
 from llmc.compiler.generation.choosing import greedy
 from llmc.compiler.generation.decoder import LONGEST, Decoder, Input, pad_left
-from llmc.compiler.loaders import Feeds, Loaded, load
+from llmc.compiler.generation.encoder_decoder import EncoderDecoder, pad_right
+from llmc.compiler.loaders import HALVES, Feeds, Loaded, load
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.profiles import symbolic_dimensions
 from llmc.compiler.recipe import Recipe
@@ -165,6 +166,52 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SigLIP, vision": ("SiglipVisionModel", {**VISION, "image_size": 16, "patch_size": 4}),
     "DINOv2": ("Dinov2Model", {**VISION, "image_size": 16, "patch_size": 4, "mlp_ratio": 2}),
 }  # fmt: skip
+CONVOLUTIONS = {
+    "conv_dim": (8, 8, 8),
+    "conv_kernel": (10, 3, 2),
+    "conv_stride": (5, 2, 2),
+    "num_conv_pos_embeddings": 4,
+}
+SOUND = {**PLAIN, **CONVOLUTIONS, "num_feat_extract_layers": 3, "num_conv_pos_embedding_groups": 2}
+IMAGES = {**VISION, "image_size": 16, "patch_size": 4}
+ENCODERS |= {
+    "CLIP": ("CLIPModel", {"text_config": PLAIN, "vision_config": IMAGES, "projection_dim": 16}),
+    "SigLIP": ("SiglipModel", {"text_config": {**PLAIN, "max_position_embeddings": 16}, "vision_config": IMAGES}),
+    "wav2vec2": ("Wav2Vec2Model", SOUND),
+    "wav2vec2, with a mask": (
+        "Wav2Vec2ForCTC",
+        {**SOUND, "feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True},
+    ),
+    "HuBERT": ("HubertModel", SOUND),
+}
+FIRST = 1
+"""The token that an encoder-decoder's answers begin with."""
+PAIR = {
+    "vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": FIRST,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+T5 = {
+    "vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
+    "decoder_start_token_id": FIRST, "pad_token_id": 0, "eos_token_id": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "T5": ("T5ForConditionalGeneration", T5, 0.25),
+    "T5 1.1": (
+        "T5ForConditionalGeneration",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        0.5,
+    ),
+    "BART": ("BartForConditionalGeneration", {**PAIR, "max_position_embeddings": 128}, 0.5),
+    "Marian": ("MarianMTModel", {**PAIR, "max_position_embeddings": 128}, 0.1),
+    "Pegasus": ("PegasusForConditionalGeneration", {**PAIR, "max_position_embeddings": 128}, 0.5),
+    "Whisper": (
+        "WhisperForConditionalGeneration",
+        {**PAIR, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 128},
+        1.0,
+    ),
+}
+"""Class, configuration, and the spread of the random weights with which tokens vary."""
 MINILM = "MiniLM, its real weights"
 FAST = {"Llama", "GPT-2", "Llama, RoPE dynamic"}
 
@@ -176,7 +223,7 @@ def some_slow(names: Mapping[str, Any]) -> list[Any]:
 # Models
 
 
-def save(name: str, settings: Mapping[str, Any], folder: Path) -> Any:
+def save(name: str, settings: Mapping[str, Any], folder: Path, spread: float = 0.25) -> Any:
     """A torch model of transformers class `name`, with random weights, saved to `folder`."""
     import torch
     import transformers
@@ -186,8 +233,8 @@ def save(name: str, settings: Mapping[str, Any], folder: Path) -> Any:
         kind = getattr(transformers, name)
         model = kind(kind.config_class(**{"tie_word_embeddings": False, **settings})).eval()
         for parameter in model.parameters():  # as initialized, logits hardly differ, and tokens do not vary
-            if parameter.ndim > 1:
-                parameter.data.normal_(0.0, 0.25)
+            if parameter.ndim > 1 and parameter.requires_grad:  # tables of sines are not saved
+                parameter.data.normal_(0.0, spread)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = None  # no answer ends before its last token
         model.save_pretrained(folder)
@@ -232,6 +279,22 @@ def family(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Callable[[
     return family
 
 
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Family, Family]]:
+    @cache
+    def halves(name: str) -> tuple[Family, Family]:
+        kind, settings, spread = ENCODER_DECODERS[name]
+        folder = tmp_path_factory.mktemp("family")
+        model = save(kind, settings, folder, spread)
+        encoder, decoder = (load(str(folder), half=half) for half in HALVES)
+        return (
+            Family(name, model, encoder, len(encoder.graph.nodes)),
+            Family(name, model, decoder, len(decoder.graph.nodes)),
+        )
+
+    return halves
+
+
 def optimized(graph: Graph) -> Graph:
     changed, context = copy_graph(graph), Context()
     for step in Recipe.load("optimize").passes:
@@ -263,6 +326,44 @@ def prompts(lengths: tuple[int, ...]) -> tuple[Array, Array]:
     return pad_left([rng.integers(2, 99, length).tolist() for length in lengths])
 
 
+def answered(model: Any, feeds: Feeds) -> Array:
+    """What `generate` answers in TOKENS tokens, by its own rules alone: Whisper's would cut sound into pieces first."""
+    import torch
+    from transformers import GenerationConfig
+    from transformers.generation import GenerationMixin
+
+    before, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(do_sample=False, max_new_tokens=TOKENS, pad_token_id=0, decoder_start_token_id=FIRST),
+    )
+    with quiet(), torch.inference_mode():
+        found = GenerationMixin.generate(model, **{name: torch.from_numpy(value) for name, value in feeds.items()})
+    model.generation_config = before
+    tokens: Array = found.numpy()[:, 1:]
+    return tokens
+
+
+def read_by_encoder(family: Family, lengths: tuple[int, ...]) -> Feeds:
+    """A prompt of each length, padded on the right; or as many sounds, which are all as long."""
+    rng = np.random.default_rng(4)
+    (given, *_) = family.loaded.graph.inputs
+    if given.name == "input_ids":
+        return pad_right([rng.integers(3, 99, length).tolist() for length in lengths])
+    return {given.name: rng.standard_normal((len(lengths), *given.shape[1:]), np.float32)}
+
+
+def equal_answers(pair: tuple[Family, Family], graph: Graph) -> None:
+    """The encoder, and `graph` as the decoder, answer as transformers does: one prompt, and several, padded."""
+    encoder, words = pair
+    both = EncoderDecoder(Session(encoder.growing).run, decoder(words.growing, graph), [FIRST])
+    for lengths in LENGTHS.values():
+        feeds = read_by_encoder(encoder, lengths)
+        expected = answered(encoder.model, feeds)
+        assert len(lengths) == 1 or len(np.unique(expected)) > 4, "tokens that hardly vary show nothing"
+        found = np.stack(list(islice(both.generate(feeds, greedy), TOKENS)), axis=1)
+        np.testing.assert_array_equal(found, expected, err_msg=f"{encoder.name}, {len(lengths)} prompts")
+
+
 def equal_tokens(family: Family, graph: Graph) -> None:
     """`graph` generates what transformers does, for one prompt and for several, padded on the left."""
     for lengths in LENGTHS.values():
@@ -272,22 +373,44 @@ def equal_tokens(family: Family, graph: Graph) -> None:
         np.testing.assert_array_equal(found, expected, err_msg=f"{family.name}, {len(lengths)} prompts")
 
 
+def equal_at_every_fill_level(found: Family) -> None:
+    """The static form gives what the growing one gives, whatever stands behind the tokens of its cache."""
+    room = 20
+    graph = found.static(room)
+    growing, static, static_cache = Session(found.growing), Session(graph), StaticCache.of(graph)
+    assert static_cache is not None
+    types = {tensor.name: np.dtype(tensor.dtype) for tensor in graph.inputs}
+    rng = np.random.default_rng(0)
+    for past in range(room):
+        for new in {1, room - past}:
+            sizes = {"batch": 2, "sequence": new, "past_sequence": past, "encoder_sequence": 5}
+            feeds = random_feeds(found.growing.inputs, sizes, {"input_ids": 99}, rng)
+            fed = static_cache.feeds(feeds, types)
+            for place in static_cache.caches:  # what stands behind the tokens must not matter
+                fed[place][:, :, past:] = 9 * rng.standard_normal(fed[place][:, :, past:].shape)
+            expected, outputs = growing.run(feeds), static_cache.outputs(feeds, static.run(fed))
+            for output, value in expected.items():
+                limit = TOLERANCE * float(np.abs(value).max())
+                np.testing.assert_allclose(outputs[output], value, rtol=0, atol=limit, err_msg=f"{past} + {new}")
+
+
 def difference(family: Family, graph: Graph) -> float:
     """From torch's outputs, as a part of the largest value of each."""
     assert family.loaded.reference is not None
-    sizes = dict.fromkeys(symbolic_dimensions(family.growing), 3)
+    sizes = {name: 3 * family.loaded.least.get(name, 1) for name in symbolic_dimensions(family.growing)}
     bounds = {"input_ids": family.loaded.vocabulary or 99, "token_type_ids": 2}
     feeds = random_feeds(family.loaded.graph.inputs, sizes, bounds, np.random.default_rng(0))
     expected, found = family.loaded.reference(feeds), Session(graph).run(feeds)
     return max(float(np.abs(found[name] - value).max() / np.abs(value).max()) for name, value in expected.items())
 
 
-def built_for(graph: Graph, folder: Path) -> str:
+def built_for(family: Family, graph: Graph, folder: Path) -> str:
     """The compute capabilities that TensorRT-RTX builds the graph for, or the reason why none."""
     missing = availability("tensorrt-rtx").missing
     if missing:
         return f"not tried: {missing}"
-    sizes = {name: Range(1, 2, 8) for name in symbolic_dimensions(graph)}
+    least = {name: family.loaded.least.get(name, 1) for name in symbolic_dimensions(graph)}
+    sizes = {name: Range(size, 2 * size, 8 * size) for name, size in least.items()}
     request = BuildRequest([sizes], CAPABILITIES)
     target = TensorRT("tensorrt-rtx")
     problems = target.check(graph, request)
@@ -334,6 +457,7 @@ pytest tests/test_families.py -m "" --families
 - *Difference*: of float32 outputs from torch's, as a part of their largest value.
 - *Tokens*: generated greedily, equal to those of transformers' `generate`, for one prompt and for three of different
   lengths, padded on the left.
+  Encoder-decoders are two graphs: theirs are answers of both together, to prompts padded on the right.
 - *TensorRT-RTX*: what an engine in float32 builds for. Growing caches are for ONNX Runtime: TensorRT takes static ones,
   which `scatter-kv-cache` makes of them.
 
@@ -345,7 +469,9 @@ pytest tests/test_families.py -m "" --families
 def expected_rows() -> list[tuple[str, str]]:
     """Model and cache of every row, in order."""
     decoders = [(name, form) for name in DECODERS for form in ("growing", "static")]
-    return [*decoders, *((name, "refused") for name in REFUSED), *((name, "none") for name in (*ENCODERS, MINILM))]
+    pairs = [(name, form) for name in ENCODER_DECODERS for form in ("encoder", "growing", "static")]
+    alone = [*((name, "refused") for name in REFUSED), *((name, "none") for name in (*ENCODERS, MINILM))]
+    return [*decoders, *pairs, *alone]
 
 
 @pytest.fixture(scope="module")
@@ -400,28 +526,35 @@ def test_static_cache(family: Callable[[str], Family], rows: list[Row], name: st
         return
     graph = found.static(ROOM)
     equal_tokens(found, graph)
-    rows.append(row(found, "static", graph, tokens=f"{TOKENS}", tensorrt=built_for(graph, tmp_path)))
+    rows.append(row(found, "static", graph, tokens=f"{TOKENS}", tensorrt=built_for(found, graph, tmp_path)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_and_decoder(
+    halves: Callable[[str], tuple[Family, Family]], rows: list[Row], name: str, tmp_path: Path
+) -> None:
+    encoder, found = pair = halves(name)
+    equal_answers(pair, found.growing)
+    static = found.static(TOKENS)  # the start token, and all but the last of the answer
+    equal_answers(pair, static)
+    builds = [built_for(encoder, encoder.growing, tmp_path), "needs static", built_for(found, static, tmp_path)]
+    rows.append(row(encoder, "encoder", encoder.growing, tensorrt=builds[0]))
+    rows.append(row(found, "growing", found.growing, tokens=f"{TOKENS}", tensorrt=builds[1]))
+    rows.append(row(found, "static", static, tokens=f"{TOKENS}", tensorrt=builds[2]))
 
 
 @pytest.mark.parametrize("name", some_slow({name: 0 for name in DECODERS if name not in GROWING_ONLY}))
 def test_static_cache_at_every_fill_level(family: Callable[[str], Family], name: str) -> None:
-    found, room = family(name), 20
-    graph = found.static(room)
-    growing, static, static_cache = Session(found.growing), Session(graph), StaticCache.of(graph)
-    assert static_cache is not None
-    types = {tensor.name: np.dtype(tensor.dtype) for tensor in graph.inputs}
-    rng = np.random.default_rng(0)
-    for past in range(room):
-        for new in {1, room - past}:
-            sizes = {"batch": 2, "sequence": new, "past_sequence": past}
-            feeds = random_feeds(found.growing.inputs, sizes, {"input_ids": 99}, rng)
-            fed = static_cache.feeds(feeds, types)
-            for place in static_cache.caches:  # what stands behind the tokens must not matter
-                fed[place][:, :, past:] = 9 * rng.standard_normal(fed[place][:, :, past:].shape)
-            expected, outputs = growing.run(feeds), static_cache.outputs(feeds, static.run(fed))
-            for output, value in expected.items():
-                limit = TOLERANCE * float(np.abs(value).max())
-                np.testing.assert_allclose(outputs[output], value, rtol=0, atol=limit, err_msg=f"{past} + {new}")
+    equal_at_every_fill_level(family(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_static_cache_beside_an_encoder_at_every_fill_level(
+    halves: Callable[[str], tuple[Family, Family]], name: str
+) -> None:
+    equal_at_every_fill_level(halves(name)[1])
 
 
 @pytest.mark.parametrize("name", some_slow(DECODERS))
@@ -486,4 +619,4 @@ def test_long_rope_ends_where_its_cache_would_be_computed_anew(tmp_path: Path) -
 @pytest.mark.parametrize("name", [*ENCODERS, MINILM])
 def test_encoder(family: Callable[[str], Family], rows: list[Row], name: str, tmp_path: Path) -> None:
     found = family(name)
-    rows.append(row(found, "none", found.growing, tensorrt=built_for(found.growing, tmp_path)))
+    rows.append(row(found, "none", found.growing, tensorrt=built_for(found, found.growing, tmp_path)))

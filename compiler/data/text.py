@@ -89,8 +89,9 @@ class Encoder:
 
 
 def is_past(name: str) -> bool:
-    """Whether an input holds keys or values of a decoder's earlier tokens, as optimum and llmc name them."""
-    return name.startswith("past_key_values.")
+    """Whether an input holds keys or values of a decoder's earlier tokens, as optimum and llmc name them: not those of
+    what an encoder has read."""
+    return name.startswith("past_key_values.") and ".encoder." not in name
 
 
 def _no_past(tensor: Tensor) -> Array:

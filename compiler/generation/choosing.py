@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
@@ -16,6 +16,21 @@ def greedy(logits: Array) -> Array:
     """The likeliest token of each row: [batch, vocabulary] → int64 [batch]."""
     tokens: Array = logits.argmax(axis=-1).astype(np.int64)
     return tokens
+
+
+def without(choose: Choose, never: Collection[int], not_first: Collection[int]) -> Choose:
+    """`choose` for one answer, among all tokens but `never`, and the first time but `not_first` either."""
+    barred = sorted({*never, *not_first})
+
+    def chosen(logits: Array) -> Array:
+        nonlocal barred
+        if barred:
+            logits = logits.copy()
+            logits[:, barred] = -np.inf
+            barred = sorted(never)
+        return choose(logits)
+
+    return chosen
 
 
 def sampler(temperature: float, top_k: int | None, top_p: float, seed: int) -> Choose:

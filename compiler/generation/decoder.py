@@ -60,10 +60,10 @@ class Decoder:
         """Names of its inputs."""
         return self._inputs.keys()
 
-    def logits(self, ids: Array, mask: Array | None = None) -> Array:
-        """[batch, length] token ids, from the beginning → [batch, length, vocabulary]."""
+    def logits(self, ids: Array, mask: Array | None = None, given: Mapping[str, Any] = _NOTHING) -> Array:
+        """[batch, length] token ids, from the beginning → [batch, length, vocabulary]; `given` as for `generate`."""
         mask = np.ones_like(ids) if mask is None else mask
-        return np.asarray(self._run(self._feeds(ids, mask, self._empty(len(ids))))[LOGITS])
+        return np.asarray(self._run({**self._feeds(ids, mask, self._empty(len(ids))), **given})[LOGITS])
 
     def generate(self, ids: Array, mask: Array, choose: Choose, given: Mapping[str, Any] = _NOTHING) -> Iterator[Array]:
         """Token after token of each row, [batch], without end.

@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel
 
-from llmc.compiler.errors import LlmcError
+from llmc.compiler.data.labelled import read_labelled
+from llmc.compiler.errors import LlmcError, TwoGraphsError
 from llmc.compiler.generation.choosing import greedy
-from llmc.compiler.generation.decoder import LONGEST, Decoder, Input
+from llmc.compiler.generation.decoder import LONGEST, Decoder, Input, Run
+from llmc.compiler.generation.encoder_decoder import EncoderDecoder, pad_right
+from llmc.compiler.generation.generate import is_pair, open_pair
 from llmc.compiler.generation.onnx_decoder import open_decoder
 from llmc.compiler.generation.tokenizer import FOLDER, Tokenizer
-from llmc.compiler.loaders import Loaded, load
+from llmc.compiler.loaders import HALVES, Loaded, load
 from llmc.compiler.session import Session
 from llmc.passes.graph import Array
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Logits = Callable[[Array], Array]
-"""int64 [1, length] token ids → [1, length, vocabulary]."""
 PROMPTS = 8
 PROMPT_TOKENS, ANSWER_TOKENS = 16, 32
 """Of the greedy answers that are compared."""
@@ -81,6 +82,38 @@ def log_probabilities(logits: Array) -> Array:
     return found
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Tokens to predict."""
+
+    ids: Array
+    """int64 [1, length]; each but the first is predicted."""
+    prompt: tuple[int, ...] = ()
+    """What an encoder reads first, and the tokens are the answer to; nothing of a decoder that stands alone."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A decoder, alone or with its encoder, asked for what comes next."""
+
+    decoder: Decoder | EncoderDecoder
+
+    def logits(self, piece: Piece) -> Array:
+        """[1, length, vocabulary]: of what follows each token."""
+        if isinstance(self.decoder, EncoderDecoder):
+            return self.decoder.logits(pad_right([piece.prompt]), piece.ids)
+        return self.decoder.logits(piece.ids)
+
+    def answer(self, piece: Piece) -> list[int]:
+        """`ANSWER_TOKENS` greedy tokens: to the prompt that an encoder reads, or behind the first `PROMPT_TOKENS`."""
+        if isinstance(self.decoder, EncoderDecoder):
+            stream = self.decoder.generate(pad_right([piece.prompt]), greedy)
+        else:
+            ids = piece.ids[:, :PROMPT_TOKENS]
+            stream = self.decoder.generate(ids, np.ones_like(ids), greedy)
+        return [int(token) for (token,) in islice(stream, ANSWER_TOKENS)]
+
+
 def windows(tokens: Sequence[int], length: int) -> Iterator[Array]:
     """Tokens in pieces of `length`, int64 [1, length]; a last one of one token, which predicts none, is left out."""
     for start in range(0, len(tokens) - 1, length):
@@ -98,21 +131,56 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of `text` under a compiled decoder, each `window` tokens by themselves; `against` a model, if given.
 
+    Of an encoder-decoder, perplexity of the answers in a .jsonl or .tsv file: each `text_pair`, answer to its `text`.
     Raises LlmcError where the artifact is no decoder, or the text cannot be read.
     """
-    model = artifact / "model.onnx" if artifact.is_dir() else artifact
-    decoder = open_decoder(model)
-    tokens = _tokens(text, Tokenizer(tokenizer or model.parent / FOLDER))
+    words = Tokenizer(tokenizer or (artifact if artifact.is_dir() else artifact.parent) / FOLDER)
+    predictor, pieces, prompts = _subject(artifact, text, words, window)
     progress("predicting the text")
     likelihood = Likelihood()
-    for ids in windows(tokens, window):
-        likelihood.add(decoder.logits(ids), ids)
+    for piece in pieces:
+        likelihood.add(predictor.logits(piece), piece.ids)
     compared = None
     if against is not None:
-        source = load(against, progress=progress)
-        progress(f"comparing with {source.name}")
-        compared = _compare(decoder, _source_decoder(source), tokens, window, source.name)
+        source, name = _source(against, words, progress)
+        if type(source.decoder) is not type(predictor.decoder):
+            raise LlmcError(f"{against} and {artifact} are not the same kind: one alone is an encoder-decoder")
+        progress(f"comparing with {name}")
+        compared = _compare(predictor, source, pieces, prompts, name)
     return Evaluation(text=text.name, tokens=likelihood.tokens, perplexity=likelihood.perplexity, against=compared)
+
+
+def _subject(artifact: Path, text: Path, words: Tokenizer, window: int) -> tuple[Predictor, list[Piece], list[Piece]]:
+    """What predicts, what it is to predict, and the prompts of greedy answers."""
+    if not is_pair(artifact):
+        tokens = _tokens(text, words)
+        decoder = open_decoder(artifact / "model.onnx" if artifact.is_dir() else artifact)
+        pieces = [Piece(ids) for ids in windows(tokens, window)]
+        prompts = [Piece(ids) for ids in windows(tokens, PROMPT_TOKENS) if ids.shape[1] == PROMPT_TOKENS]
+        return Predictor(decoder), pieces, prompts[:PROMPTS]
+    both, reads = open_pair(artifact, words)
+    if reads[0].name != "input_ids":
+        raise LlmcError(
+            f"{artifact} reads {reads[0].name}, not text: llmc eval measures models that read text; the report has how "
+            "far both graphs are from the source model"
+        )
+    answers = _answers(text, words)
+    return Predictor(both), answers, answers[:PROMPTS]
+
+
+def _answers(path: Path, words: Tokenizer) -> list[Piece]:
+    """What an encoder-decoder is to predict: the start token, and the tokens of an answer."""
+    if path.suffix not in (".jsonl", ".tsv"):
+        raise LlmcError(
+            f"{path}: an encoder-decoder answers what it reads: give a .jsonl or .tsv file with text, and text_pair, "
+            "its answer"
+        )
+    rows = read_labelled(path, pairs=True, labels=False)
+    (start,) = (token for token in words.opening[:1] if isinstance(token, int))
+    return [
+        Piece(np.array([[start, *words.encode(row.pair or "", chat=False)]]), tuple(words.encode(row.text, chat=False)))
+        for row in rows
+    ]
 
 
 def _tokens(text: Path, tokenizer: Tokenizer) -> list[int]:
@@ -126,33 +194,42 @@ def _tokens(text: Path, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
-def _source_decoder(source: Loaded) -> Decoder:
+def _source(model: str, words: Tokenizer, progress: Callable[[str], None]) -> tuple[Predictor, str]:
+    """The model that is compared with, and its name."""
+    try:
+        source = load(model, progress=progress)
+        return Predictor(_decoder(source)), source.name
+    except TwoGraphsError:
+        encoder, source = (load(model, half=half, progress=progress) for half in HALVES)
+        return Predictor(EncoderDecoder(_run(encoder), _decoder(source), words.opening)), source.name
+
+
+def _decoder(source: Loaded) -> Decoder:
     inputs = [Input(tensor.name, np.dtype(tensor.dtype), tuple(tensor.shape)) for tensor in source.graph.inputs]
     names, longest = [tensor.name for tensor in source.graph.outputs], source.graph.metadata.get(LONGEST)
-    return Decoder(inputs, names, source.reference or Session(source.graph).run, int(longest) if longest else None)
+    return Decoder(inputs, names, _run(source), int(longest) if longest else None)
 
 
-def _compare(decoder: Decoder, source: Decoder, tokens: Sequence[int], window: int, name: str) -> Against:
+def _run(source: Loaded) -> Run:
+    return source.reference or Session(source.graph).run
+
+
+def _compare(
+    decoder: Predictor, source: Predictor, pieces: Sequence[Piece], prompts: Sequence[Piece], name: str
+) -> Against:
     divergence, agreed, count = 0.0, 0, 0
-    for ids in windows(tokens, window):
-        expected, found = log_probabilities(source.logits(ids)), log_probabilities(decoder.logits(ids))
+    for piece in pieces:
+        expected, found = (log_probabilities(model.logits(piece)) for model in (source, decoder))
         divergence += float((np.exp(expected) * (expected - found)).sum())
         agreed += int((expected.argmax(axis=-1) == found.argmax(axis=-1)).sum())
-        count += ids.shape[1]
-    prompts = [ids for ids in islice(windows(tokens, PROMPT_TOKENS), PROMPTS) if ids.shape[1] == PROMPT_TOKENS]
-    same = sum(_answer(decoder, ids) == _answer(source, ids) for ids in prompts)
+        count += piece.ids.shape[1]
     return Against(
         model=name,
         kl_divergence=divergence / count,
         top1_agreement=agreed / count,
-        same_answers=same,
+        same_answers=sum(decoder.answer(piece) == source.answer(piece) for piece in prompts),
         answers=len(prompts),
     )
-
-
-def _answer(decoder: Decoder, ids: Array) -> list[int]:
-    stream = decoder.generate(ids, np.ones_like(ids), greedy)
-    return [int(token) for (token,) in islice(stream, ANSWER_TOKENS)]
 
 
 def render(found: Evaluation, console: Console) -> None:

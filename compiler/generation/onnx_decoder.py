@@ -15,22 +15,21 @@ from llmc.compiler.generation.decoder import LONGEST, Decoder, Input, Run
 from llmc.passes.cache.static_cache import KEY, StaticCache
 
 
-def open_encoder(model: Path) -> Run:
-    """The encoder of an encoder-decoder that reads text. Raises LlmcError where it is none, or cannot run here."""
+def open_encoder(model: Path) -> tuple[Run, list[Input]]:
+    """The encoder of an encoder-decoder, and what it reads. Raises LlmcError where it cannot run here."""
     session = _session(model)
-    inputs = [given.name for given in session.get_inputs()]
-    if "input_ids" not in inputs:
-        raise LlmcError(
-            f"{model} reads {inputs[0]}, not text: llmc generate takes prompts of text alone; run its two graphs from "
-            "Python (llmc.compiler.generation.encoder_decoder.EncoderDecoder)"
-        )
+    inputs = _inputs(session)
     names = [output.name for output in session.get_outputs()]
 
     def run(feeds: Mapping[str, Any]) -> dict[str, Any]:
-        given = {name: _ort_value(feeds[name]) for name in inputs}
+        given = {read.name: _ort_value(feeds[read.name].astype(read.dtype, copy=False)) for read in inputs}
         return dict(zip(names, session.run_with_ort_values(names, given), strict=True))
 
-    return run
+    return run, inputs
+
+
+def _inputs(session: Any) -> list[Input]:
+    return [Input(given.name, _dtype(given.type), tuple(given.shape)) for given in session.get_inputs()]
 
 
 def _session(model: Path) -> Any:
@@ -50,7 +49,7 @@ def _session(model: Path) -> Any:
 def open_decoder(model: Path) -> Decoder:
     """The decoder in an ONNX file. Raises LlmcError where it is none, or cannot run on this machine."""
     session = _session(model)
-    inputs = [Input(given.name, _dtype(given.type), tuple(given.shape)) for given in session.get_inputs()]
+    inputs = _inputs(session)
     types = {given.name: given.dtype for given in inputs}
     names = [output.name for output in session.get_outputs()]
     about = session.get_modelmeta().custom_metadata_map
@@ -64,7 +63,7 @@ def open_decoder(model: Path) -> Decoder:
 
     def run_static(feeds: Mapping[str, Any]) -> dict[str, Any]:
         assert static is not None
-        given = {name: np.asarray(value) for name, value in feeds.items()}
+        given = {name: value if isinstance(value, np.ndarray) else value.numpy() for name, value in feeds.items()}
         return static.outputs(given, dict(zip(names, session.run(names, static.feeds(given, types)), strict=True)))
 
     if static is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llmc.compiler.errors import LlmcError
+from llmc.compiler.generation.opening import Opening, opening
 from llmc.compiler.loaders.chat import as_chat
 
 FOLDER = "tokenizer"
@@ -20,8 +22,11 @@ FILES = (
     "chat_template.jinja",
     "config.json",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
-"""What is taken along of a checkpoint: the tokenizer, how it wraps a chat, and which tokens end a text."""
+"""What is taken along of a checkpoint: the tokenizer, how it wraps a chat, which tokens end a text, and how sound is
+prepared."""
 
 
 def copy_tokenizer(source: Path, artifact: Path) -> None:
@@ -48,34 +53,35 @@ class Tokenizer:
             raise LlmcError(f"{file} is not a tokenizer that the tokenizers library reads: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._folder = folder
+        self.folder = folder
         self.stops = _stops(folder)
 
-    @property
-    def first(self) -> list[int]:
-        """What an encoder-decoder's answers begin with: its start token, and the one that must follow it, if any.
+    @cached_property
+    def opening(self) -> Opening:
+        """What an encoder-decoder's answers begin with. Raises LlmcError where the checkpoint does not say."""
+        return opening(self._settings, self.folder)
 
-        Raises LlmcError where the checkpoint names no start token.
-        """
-        found = {**_read(self._folder / "config.json"), **_read(self._folder / "generation_config.json")}
-        start = found.get("decoder_start_token_id", found.get("bos_token_id"))
-        if not isinstance(start, int):
-            raise LlmcError(
-                f"{self._folder}/config.json names no decoder_start_token_id, which every answer begins with"
-            )
-        forced = found.get("forced_bos_token_id")
-        return [start, forced] if isinstance(forced, int) else [start]
+    @cached_property
+    def barred(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Tokens that are in no answer, and those that no answer begins with."""
+        settings = _read(self.folder / "generation_config.json") or self._settings
+        never, not_first = (settings.get(f"{name}suppress_tokens") for name in ("", "begin_"))
+        return frozenset(never or ()), frozenset(not_first or ())
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return {**_read(self.folder / "config.json"), **_read(self.folder / "generation_config.json")}
 
     @property
     def has_chat(self) -> bool:
         """Whether the model was trained on chats, which its template wraps prompts in."""
-        return (self._folder / "chat_template.jinja").is_file() or "chat_template" in _read(
-            self._folder / "tokenizer_config.json"
+        return (self.folder / "chat_template.jinja").is_file() or "chat_template" in _read(
+            self.folder / "tokenizer_config.json"
         )
 
     def encode(self, prompt: str, chat: bool) -> list[int]:
         """Token ids of a prompt, as it stands or as a user's message of a chat. Raises LlmcError where none are."""
-        text = as_chat(self._folder, prompt) if chat else prompt
+        text = as_chat(self.folder, prompt) if chat else prompt
         ids = self._tokenizer.encode(text, add_special_tokens=not chat).ids
         if not ids:
             raise LlmcError("the prompt has no tokens: give some text")

@@ -47,6 +47,8 @@ class Loaded:
     """Symbolic dimensions that the other graph has."""
     limits: dict[str, int] = field(default_factory=dict)
     """The largest size that the model itself allows for a symbolic dimension ({'sequence': 512})."""
+    least: dict[str, int] = field(default_factory=dict)
+    """The smallest one, where that is more than 1 ({'samples': 400})."""
     vocabulary: int | None = None
     """Number of token ids; generated token inputs stay below it."""
     tokenizer: Path | None = None

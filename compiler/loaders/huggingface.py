@@ -90,6 +90,7 @@ def load_huggingface(
         elsewhere=DIMENSIONS if half is not None else frozenset(),
         exporter=about["exporter"],
         limits=about["limits"],
+        least=about["least"],
         vocabulary=about["vocabulary"],
         tokenizer=tokenizer,
         processor=next((place for place in (folder, checkpoint.folder) if configuration(place)), None),
@@ -108,7 +109,7 @@ def _inferred(checkpoint: Checkpoint, pooled: bool) -> str:
 def _check_half(checkpoint: Checkpoint, task: str, half: Half | None) -> None:
     """Raises LlmcError where the model does not make two graphs of which one is wanted, or the other way round."""
     if not checkpoint.encoder_decoder:
-        if half is not None or task in TWO_GRAPHS:
+        if half is not None or (task in TWO_GRAPHS and task_of(checkpoint.architecture or "") != SPEECH_RECOGNITION):
             raise LlmcError(f"{checkpoint.folder} is no encoder-decoder: it makes one graph")
         return
     kind = checkpoint.config.get("model_type")
@@ -120,7 +121,7 @@ def _check_half(checkpoint: Checkpoint, task: str, half: Half | None) -> None:
     if half is None:
         raise TwoGraphsError(
             f"{checkpoint.folder} is an encoder-decoder ({kind}), which makes two graphs: say which one is wanted "
-            f"({' or '.join(HALVES)}), in the recipe as model.half"
+            f"({' or '.join(HALVES)}), as model.half in the recipe or with --set model.half={HALVES[-1]}"
         )
 
 
@@ -189,6 +190,7 @@ def _export(source: _TorchModel, opset: int | None, files: Mapping[str, Path]) -
         "digest": digest_files(files, source.progress),
         "exporter": f"torch.onnx dynamo, {exported.rung}",
         "limits": signature.limits,
+        "least": signature.least,
         "vocabulary": signature.bounds.get("input_ids"),
         "notes": list(signature.notes),
     }

@@ -17,13 +17,16 @@ from llmc.compiler.loaders.key_values import PARTS, PAST, cache_inputs, cache_ou
 from llmc.compiler.loaders.positions import check_rope, longest_cache, longest_sequence
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.sentence_transformers import OUTPUTS, Head
-from llmc.compiler.loaders.tasks import TASKS, TEXT_GENERATION
+from llmc.compiler.loaders.tasks import IMAGE_TEXT, TASKS, TEXT_GENERATION
 from llmc.passes.graph import Array, Variable
 
 Sizes = dict[str, int]
 
 MAIN_INPUTS = ("input_ids", "pixel_values", "pixel_values_videos", "input_values", "input_features", "audio_values")
 """What transformers models call the tensors that carry text, images, video and sound."""
+
+SAMPLES = "samples"
+"""Symbolic dimension: of sound, at the rate that the model was trained with."""
 
 IMAGE_SIZE = 224
 """Pixels a side, where a vision model's configuration does not say (ImageNet's custom)."""
@@ -46,6 +49,8 @@ class Signature:
     """Input → what its integers stay below."""
     limits: dict[str, int] = field(default_factory=dict)
     """Symbolic dimension → the largest size that the model takes."""
+    least: dict[str, int] = field(default_factory=dict)
+    """Symbolic dimension → the smallest size that the model takes, where that is more than 1."""
     notes: tuple[str, ...] = ()
     longest: int | None = None
     """Tokens that a cache may hold, where more of them would not be what transformers makes."""
@@ -75,9 +80,14 @@ def signature_of(model: Any, task: str, head: Head | None, folder: Path, cache: 
         return _text_signature(model, task, head)
     if kinds == ["pixel_values"]:
         return _image_signature(model, task, folder)
+    if kinds == ["input_ids", "pixel_values"] and task == IMAGE_TEXT:
+        return _image_text_signature(model, folder)
+    if kinds == ["input_values"] and hasattr(model.config, "conv_kernel"):
+        return _sound_signature(model, task)
     found = " and ".join(kinds) or "none of the usual inputs"
     raise LlmcError(
-        f"{type(model).__name__} takes {found}: llmc exports models that take text (input_ids) or images (pixel_values)"
+        f"{type(model).__name__} takes {found}: llmc exports models that take text (input_ids), images (pixel_values), "
+        "both to compare them (CLIP), or sound as samples (input_values, wav2vec2)"
     )
 
 
@@ -149,25 +159,92 @@ def _cached_signature(model: Any) -> Signature:
 
 
 def _image_signature(model: Any, task: str, folder: Path) -> Signature:
-    channels = getattr(model.config, "num_channels", 3)
-    size = _image_size(model.config, folder)
-    height, width = size or (IMAGE_SIZE, IMAGE_SIZE)
+    pictures, notes = _pictures(model, model.config, folder, "batch")
     fields = TASKS[task].outputs
+    return Signature(
+        inputs=(pictures,),
+        outputs=fields,
+        call=_plain_call(model, fields),
+        sample={"batch": 2},
+        checks=({"batch": 1}, {"batch": 3}),
+        notes=notes,
+    )
+
+
+def _image_text_signature(model: Any, folder: Path) -> Signature:
+    """Pictures and texts, as many of each as there are, and how well each picture goes with each text."""
+    config = model.config.get_text_config()
+    pictures, notes = _pictures(model, model.config.vision_config, folder, "image_batch")
+    limit = longest_sequence(model, config)
+    fields = TASKS[IMAGE_TEXT].outputs
+    sizes = (
+        {"image_batch": 2, "text_batch": 3},
+        {"image_batch": 1, "text_batch": 2},
+        {"image_batch": 3, "text_batch": 1},
+    )
+    lengths = (min(length, limit or length) for length in (7, 5, 11))
+    sample, *checks = ({**size, "sequence": length} for size, length in zip(sizes, lengths, strict=True))
+    texts = (
+        Variable(name, dtype=np.int64, shape=["text_batch", "sequence"]) for name in ("input_ids", "attention_mask")
+    )
+    return Signature(
+        inputs=(pictures, *texts),
+        outputs=fields,
+        call=_plain_call(model, fields),
+        sample=sample,
+        checks=tuple(checks),
+        bounds={"input_ids": config.vocab_size},
+        limits={"sequence": limit} if limit else {},
+        notes=notes,
+    )
+
+
+def _pictures(model: Any, config: Any, folder: Path, batch: str) -> tuple[Variable, tuple[str, ...]]:
+    """The input that takes pictures, and what is to be said of their size."""
+    size = _image_size(config, folder)
+    shape = [batch, getattr(config, "num_channels", 3), *(size or (IMAGE_SIZE, IMAGE_SIZE))]
+    note = f"the configuration gives no image size: exported for {IMAGE_SIZE} x {IMAGE_SIZE} pixels"
+    return Variable("pixel_values", dtype=_dtype(model), shape=shape), () if size else (note,)
+
+
+def _sound_signature(model: Any, task: str) -> Signature:
+    """Sound as its samples, which convolutions make frames of: fewer samples than one frame takes make none.
+
+    Models whose first convolution is normalized over the whole sound (`feat_extract_norm: group`) were trained without
+    a mask, on sounds padded with zeros; the others take one.
+    """
+    fields, config = TASKS[task].outputs, model.config
+    masked = config.feat_extract_norm == "layer"
+    masks = [Variable("attention_mask", dtype=np.int64, shape=["batch", SAMPLES])] if masked else []
+    return Signature(
+        inputs=(Variable("input_values", dtype=_dtype(model), shape=["batch", SAMPLES]), *masks),
+        outputs=fields,
+        call=_plain_call(model, fields),
+        sample={"batch": 2, SAMPLES: _samples_of(config, 7)},
+        checks=({"batch": 1, SAMPLES: _samples_of(config, 1)}, {"batch": 3, SAMPLES: _samples_of(config, 11) + 3}),
+        least={SAMPLES: _samples_of(config, 1)},
+    )
+
+
+def _samples_of(config: Any, frames: int) -> int:
+    """The fewest samples that the convolutions of a model make so many frames of."""
+    samples = frames
+    for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return int(samples)
+
+
+def _plain_call(model: Any, fields: tuple[str, ...]) -> Callable[..., tuple[Any, ...]]:
+    """The model's own forward, on inputs of its own names."""
 
     def call(forward: Callable[..., Any], **inputs: Any) -> tuple[Any, ...]:
         return _outputs(model, forward(**inputs, return_dict=True), fields)
 
-    dtype = np.dtype(str(model.dtype).removeprefix("torch."))
-    shape = ["batch", channels, height, width]
-    note = f"the configuration gives no image size: exported for {IMAGE_SIZE} x {IMAGE_SIZE} pixels"
-    return Signature(
-        inputs=(Variable("pixel_values", dtype=dtype, shape=shape),),
-        outputs=fields,
-        call=call,
-        sample={"batch": 2},
-        checks=({"batch": 1}, {"batch": 3}),
-        notes=() if size else (note,),
-    )
+    return call
+
+
+def _dtype(model: Any) -> np.dtype[Any]:
+    return np.dtype(str(model.dtype).removeprefix("torch."))
 
 
 def _outputs(model: Any, found: Mapping[str, Any], fields: tuple[str, ...]) -> tuple[Any, ...]:

@@ -27,13 +27,15 @@ TEXT_TO_TEXT = "text2text-generation"
 SPEECH_RECOGNITION = "automatic-speech-recognition"
 TWO_GRAPHS = (TEXT_TO_TEXT, SPEECH_RECOGNITION)
 """What encoder-decoders are for."""
+IMAGE_TEXT = "zero-shot-image-classification"
+"""How well pictures go with texts."""
 GENERATING = (TEXT_GENERATION, *TWO_GRAPHS)
 """What gives token after token: its tokenizer goes along."""
 
 TASKS = {
     TEXT_GENERATION: Task(("ForCausalLM", "LMHeadModel"), "AutoModelForCausalLM", ("logits",)),
     TEXT_TO_TEXT: Task(("ForConditionalGeneration", "MTModel"), "AutoModelForSeq2SeqLM", ("logits",)),
-    SPEECH_RECOGNITION: Task((), "AutoModelForSpeechSeq2Seq", ("logits",)),
+    SPEECH_RECOGNITION: Task(("ForCTC",), "AutoModelForSpeechSeq2Seq", ("logits",)),
     "fill-mask": Task(("ForMaskedLM",), "AutoModelForMaskedLM", ("logits",)),
     "text-classification": Task(("ForSequenceClassification",), "AutoModelForSequenceClassification", ("logits",)),
     "token-classification": Task(("ForTokenClassification",), "AutoModelForTokenClassification", ("logits",)),
@@ -43,6 +45,11 @@ TASKS = {
     "image-classification": Task(("ForImageClassification",), "AutoModelForImageClassification", ("logits",)),
     "image-segmentation": Task(("ForSemanticSegmentation",), "AutoModelForSemanticSegmentation", ("logits",)),
     "object-detection": Task(("ForObjectDetection",), "AutoModelForObjectDetection", ("logits", "pred_boxes")),
+    IMAGE_TEXT: Task(
+        ("CLIPModel", "SiglipModel"),
+        "AutoModelForZeroShotImageClassification",
+        ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds"),
+    ),
     "feature-extraction": Task(("Model",), "AutoModel", ("last_hidden_state",)),
     SENTENCE_EMBEDDING: Task((), "AutoModel", ("last_hidden_state",)),
 }

@@ -19,7 +19,7 @@ from llmc.passes.shapes.dimensions import Dimensions
 from llmc.passes.shapes.shape_rules import BROADCAST, VALUE_RULES
 from llmc.passes.simplify.index_grids import taken_whole
 
-POINTWISE = {*BROADCAST, "Abs", "Cast", "Clip", "Identity", "IsInf", "IsNaN", "Neg", "Not", "Sign", "Tanh"}
+POINTWISE = {*BROADCAST, "Abs", "Cast", "Clip", "Identity", "IsInf", "IsNaN", "Log", "Neg", "Not", "Sign", "Tanh"}
 """Operators that compute each element of elements at its place."""
 MOVES = {"CumSum", "Squeeze", "Transpose", "Trilu", "Unsqueeze"}
 """Others of which the first elements along an axis do not depend on those behind them."""
@@ -47,6 +47,8 @@ class Growth:
     """Inputs that are sizes."""
     numbers: list[Edge] = field(default_factory=list)
     """Inputs that are numbers to compute with."""
+    indices: list[Edge] = field(default_factory=list)
+    """Inputs that say what is looked up for each token: there may be no such thing where no token is."""
     ranges: list[Node] = field(default_factory=list)
     """Range nodes that begin at a number to compute with."""
     attentions: list[Node] = field(default_factory=list)
@@ -203,6 +205,13 @@ class GrowthFollower:
             return grown == [0] and self._keeps_axes(node)
         if node.op in ("Gather", "GatherND") and taken_whole(self.dims, node) is not None:
             return True
+        if (
+            node.op == "Gather"
+            and grown == [1]
+            and self.found.axes[id(node.inputs[1])][1] == [self._last(node.inputs[1])]
+        ):
+            self.found.indices.append((node, 1))
+            return True
         if node.op == "Gather":
             return grown == [0] and node.attrs.get("axis", 0) % rank not in axes
         if node.op == "Slice" and self._takes_all(node):
@@ -213,6 +222,9 @@ class GrowthFollower:
         if node.op == "Concat":
             return all(node.attrs["axis"] % rank not in self.found.axes[id(node.inputs[i])][1] for i in grown)
         return False
+
+    def _last(self, tensor: Tensor) -> int:
+        return len(self.dims.of(tensor) or ()) - 1
 
     def _takes_all(self, node: Node) -> bool:
         """Whether a Slice gives back all along one axis, from the first element on."""

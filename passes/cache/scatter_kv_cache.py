@@ -55,10 +55,10 @@ class ScatterKvCache(Pass):
     [b, h, `length`, d] with `present = TensorScatter(past, new, past_length)`; so do past_key, present_key and the like
     of Attention. The graph gets an input `past_length`, int64 []: how many tokens the caches hold. The input `mask`
     [b, p + s] becomes [b, `length`]. What is computed along the cache (masks of padding, causal and sliding ones) is
-    computed along all of it, and what depends on its size depends on `past_length`; then each Attention, or Softmax of
-    attention that is spelled out, masks all from token p + s on with -inf or false, so that the result is the same
-    whatever numbers stand there: they must be finite.
-    Every output but the caches is as it was.
+    computed along all of it, and what depends on its size depends on `past_length`; where something is looked up for
+    each token (T5's position bias), it is entry 0 where no token is. Then each Attention, or Softmax of attention that
+    is spelled out, masks all from token p + s on with -inf or false, so that the result is the same whatever numbers
+    stand there: they must be finite. Every output but the caches is as it was.
 
     This is the form that TensorRT takes: caches that grow outside of the operator change their shape at every token,
     and past_key is refused. Left alone: graphs where anything but attention reads along the cache.
@@ -223,7 +223,9 @@ class _Change:
         for node in self.growth.attentions:
             _read_cache(node, masked[id(node)])
         hidden = self.follower.scores.hidden
-        rewire([(node, index, self._hidden(node.inputs[index])) for node, index in hidden])
+        never = -np.inf
+        rewire([(node, index, self._filled_in(node.inputs[index], never)) for node, index in hidden])
+        rewire([(node, index, self._filled_in(node.inputs[index], 0)) for node, index in self.growth.indices])
         for cache in self.caches:
             self._scatter(cache)
         self.placement.finish()
@@ -332,10 +334,12 @@ class _Change:
         never = np.asarray(-np.inf, mask.dtype)
         return self._shared((id(mask), causal), lambda op: op.Where(filled, mask, never), mask.dtype)
 
-    def _hidden(self, scores: Tensor) -> Tensor:
-        """Scores of attention that is spelled out, -inf where no token is yet."""
-        never = np.asarray(-np.inf, scores.dtype)
-        return self._shared(id(scores), lambda op: op.Where(self._filled(causal=False), scores, never), scores.dtype)
+    def _filled_in(self, values: Tensor, other: float) -> Tensor:
+        """Values along the cache, `other` where no token is yet: -inf of scores of attention that is spelled out."""
+        made = np.asarray(other, values.dtype)
+        return self._shared(
+            (id(values), other), lambda op: op.Where(self._filled(causal=False), values, made), values.dtype
+        )
 
     def _shared(self, key: Any, make: Callable[[Any], Any], dtype: Any = None) -> Tensor:
         """What `make` makes, once for each key."""

@@ -23,7 +23,7 @@ MODEL = (
 
 def test_where_a_pass_fired_and_where_it_came_close(tmp_path: Path) -> None:
     onnx.save(onnx.parser.parse_model(MODEL), tmp_path / "m.onnx")
-    found = explain(str(tmp_path / "m.onnx"), "fuse-gelu", Recipe.load("optimize"))
+    (found,) = explain(str(tmp_path / "m.onnx"), "fuse-gelu", Recipe.load("optimize"))
     assert "fold-constants" in found.before
     assert [r.rule for r in found.result.rewrites] == ["GeluFromErf"]
     (miss,) = found.result.near_misses

@@ -42,6 +42,26 @@ def test_the_recipe_gives_sizes(tmp_path: Path, parse: Any) -> None:
     assert notes == []
 
 
+def test_sizes_begin_where_the_model_does(tmp_path: Path, parse: Any) -> None:
+    """What wav2vec2 hears is 400 samples at least."""
+    sound = Loaded(parse(MODEL), "huggingface", "m", "0", least={"time": 400})
+    profiles, _ = resolve_profiles(sound, recipe(tmp_path, ""))
+    assert profiles == [{"batch": Range(1, 1, 8), "time": Range(400, 16000, 160000)}]
+    with pytest.raises(LlmcError, match="'time' begins at 1, the model takes at least 400"):
+        resolve_profiles(sound, recipe(tmp_path, "model: {dimensions: {time: [1, 500, 600]}}"))
+
+
+def test_profiles_that_come_out_the_same_are_one(tmp_path: Path, parse: Any) -> None:
+    chosen = recipe(
+        tmp_path,
+        "model: {dimensions: {batch: 1, time: 16}}\n"
+        "target: {kind: tensorrt, profiles: [{elsewhere: 1}, {elsewhere: [1, 8, 16]}]}",
+    )
+    half = Loaded(parse(MODEL), "huggingface", "m", "0", elsewhere=frozenset({"elsewhere"}))
+    profiles, _ = resolve_profiles(half, chosen)
+    assert profiles == [{"batch": Range(1, 1, 1), "time": Range(16, 16, 16)}]
+
+
 def test_what_it_does_not_give_is_assumed_and_said(tmp_path: Path, parse: Any) -> None:
     profiles, notes = resolve_profiles(loaded(parse(MODEL), time=64), recipe(tmp_path, ""))
     assert profiles == [{"batch": Range(1, 1, 8), "time": Range(1, 64, 64)}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,18 @@ import transformers
 from tokenizers import Tokenizer
 
 from llmc.compiler.artifact import check_artifact
+from llmc.compiler.blame import bisect
 from llmc.compiler.driver import compile as run_compile
+from llmc.compiler.errors import TwoGraphsError
+from llmc.compiler.explain import explain
+from llmc.compiler.generation.evaluate import evaluate
 from llmc.compiler.generation.generate import open_generator
+from llmc.compiler.inspect import inspect
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.lock import Lock
-from llmc.compiler.planning import plans, summary_of
+from llmc.compiler.planning import plan, plans, summary_of
 from llmc.compiler.recipe import Recipe
-from llmc.compiler.report import Report
+from llmc.compiler.report import ModelReport, Report
 from llmc.passes.errors import LlmcError
 
 TINY_LLAMA = Path(__file__).parents[2] / "assets" / "tiny_llama"
@@ -146,6 +152,67 @@ def test_a_task_is_of_one_graph(checkpoint: Path, compiled: tuple[Path, Report],
         plans(str(checkpoint), recipe)
 
 
+PAIRS = [("Return the number of", "arguments"), ("é", "If the argument"), ("a", "string, it is one of those")]
+
+
+def test_perplexity_of_answers_is_that_of_torch(
+    checkpoint: Path, compiled: tuple[Path, Report], tmp_path: Path
+) -> None:
+    folder, _ = compiled
+    lines = [json.dumps({"text": text, "text_pair": answer}) for text, answer in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    tokenizer: Any = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    nats, count = 0.0, 0
+    with quiet(), torch.inference_mode():
+        model = transformers.BartForConditionalGeneration.from_pretrained(checkpoint).eval()
+        for pair in PAIRS:
+            ids, labels = (torch.tensor([tokenizer.encode(text).ids]) for text in pair)
+            nats += float(model(input_ids=ids, labels=labels).loss) * labels.shape[1]
+            count += labels.shape[1]
+    found = evaluate(folder / "out", tmp_path / "pairs.jsonl", against=str(checkpoint))
+    assert found.tokens == count
+    # Logits differ by some 1e-5 (float32 in another order), and so at most do the logarithms of probabilities.
+    assert found.perplexity == pytest.approx(math.exp(nats / count), rel=1e-4)
+    other = found.against
+    assert other is not None
+    assert (other.top1_agreement, other.same_answers, other.answers) == (1.0, 3, 3)
+    assert 0 <= other.kl_divergence < 1e-8  # the square of what logits differ by
+
+
+def test_what_cannot_be_evaluated(compiled: tuple[Path, Report], tmp_path: Path) -> None:
+    folder, _ = compiled
+    (tmp_path / "text.txt").write_text("Return", encoding="utf-8")
+    with pytest.raises(LlmcError, match=r"give a .jsonl or .tsv file with text, and text_pair, its answer"):
+        evaluate(folder / "out", tmp_path / "text.txt")
+    (tmp_path / "pairs.tsv").write_text("text\ttext_pair\nReturn\tit\n", encoding="utf-8")
+    with pytest.raises(LlmcError, match="not the same kind: one alone is an encoder-decoder"):
+        evaluate(folder / "out", tmp_path / "pairs.tsv", against=str(TINY_LLAMA))
+
+
+def test_explain_tells_of_both(checkpoint: Path) -> None:
+    both = explain(str(checkpoint), "fuse-attention", Recipe.load("optimize"))
+    assert [found.half for found in both] == ["encoder", "decoder"]
+    chosen = Recipe.load("optimize").with_values({"model.half": "decoder", "model.opset": 20})
+    (alone,) = explain(str(checkpoint), "fuse-attention", chosen)
+    assert alone.half == "decoder"
+    assert alone.result.rewrites
+
+
+def test_bisect_takes_one_of_both(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(TwoGraphsError, match=r"with --set model\.half=decoder"):
+        plan(str(checkpoint), Recipe.load("optimize"))
+    made = plan(str(checkpoint), Recipe.load("optimize").with_values({"model.half": "decoder", "verify.samples": 2}))
+    assert bisect(made, tmp_path / "blame").status == "holds"
+
+
+def test_inspect_shows_both(compiled: tuple[Path, Report]) -> None:
+    folder, _ = compiled
+    found = inspect(folder / "out")
+    assert isinstance(found, Report)
+    assert [graph.source.half for graph in found.graphs()] == ["encoder", "decoder"]
+    assert isinstance(inspect(folder / "out" / "decoder"), ModelReport)
+
+
 def test_what_reads_no_text(compiled: tuple[Path, Report], tmp_path: Path) -> None:
     folder, _ = compiled
     shutil.copytree(folder / "out", tmp_path / "out")
@@ -155,5 +222,5 @@ def test_what_reads_no_text(compiled: tuple[Path, Report], tmp_path: Path) -> No
     for node in model.graph.node:
         node.input[:] = [name.replace("input_ids", "input_features") for name in node.input]
     onnx.save(model, tmp_path / "out/encoder/model.onnx")
-    with pytest.raises(LlmcError, match="reads input_features, not text"):
-        open_generator(tmp_path / "out")
+    with pytest.raises(LlmcError, match="reads input_features, not text: give --input FILE"):
+        open_generator(tmp_path / "out").answers(PROMPTS)

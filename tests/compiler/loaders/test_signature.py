@@ -40,8 +40,12 @@ class TextAndImage(Model):
     def forward(self, input_ids: Any, pixel_values: Any) -> Any: ...
 
 
-class Sound(Model):
+class Spectrum(Model):
     def forward(self, input_features: Any) -> Any: ...
+
+
+class Sound(Model):
+    def forward(self, input_values: Any, attention_mask: Any = None) -> Any: ...
 
 
 def signature(model: Model, folder: Path = Path("nowhere")) -> Signature:
@@ -100,11 +104,56 @@ def test_assumed_image_size_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "taken"), [(TextAndImage, "input_ids and pixel_values"), (Sound, "input_features"), (Model, "none")]
+    ("model", "taken"),
+    [
+        (TextAndImage, "input_ids and pixel_values"),
+        (Spectrum, "input_features"),
+        (Sound, "input_values"),
+        (Model, "none"),
+    ],
 )
 def test_other_inputs_are_refused(model: type[Model], taken: str) -> None:
     with pytest.raises(LlmcError, match=f"{model.__name__} takes {taken}"):
         signature(model())
+
+
+@pytest.mark.parametrize(
+    ("kernels", "strides"),
+    [((10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)), ((10, 3, 2), (5, 2, 2)), ((4,), (4,)), ((1, 5), (3, 1))],
+)
+def test_the_least_of_a_sound_makes_one_frame(kernels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    """torch's convolutions themselves are the truth: one sample fewer is refused."""
+    model = Sound(conv_kernel=kernels, conv_stride=strides, feat_extract_norm="group")
+    found = signature(model)
+    assert [tensor.name for tensor in found.inputs] == ["input_values"]
+    assert shape_of(found.inputs[0]) == ("batch", "samples")
+    layers = torch.nn.Sequential(
+        *(torch.nn.Conv1d(1, 1, kernel, stride) for kernel, stride in zip(kernels, strides, strict=True))
+    )
+    least = found.least["samples"]
+    assert layers(torch.zeros(1, 1, least)).shape[-1] == 1
+    with pytest.raises(RuntimeError):
+        layers(torch.zeros(1, 1, least - 1))
+    assert {sizes["samples"] for sizes in found.checks} >= {least}
+    assert layers(torch.zeros(1, 1, found.sample["samples"])).shape[-1] >= 2
+
+
+def test_a_mask_for_sound_where_the_model_was_trained_with_one() -> None:
+    model = Sound(conv_kernel=(4,), conv_stride=(2,), feat_extract_norm="layer")
+    assert [tensor.name for tensor in signature(model).inputs] == ["input_values", "attention_mask"]
+
+
+def test_images_and_texts_have_batches_of_their_own() -> None:
+    model = TextAndImage(max_position_embeddings=16)
+    model.config.vision_config = SimpleNamespace(image_size=8)
+    found = signature_of(model, "zero-shot-image-classification", None, Path("nowhere"))
+    assert {tensor.name: shape_of(tensor) for tensor in found.inputs} == {
+        "pixel_values": ("image_batch", 3, 8, 8),
+        "input_ids": ("text_batch", "sequence"),
+        "attention_mask": ("text_batch", "sequence"),
+    }
+    assert found.outputs == ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds")
+    assert found.limits == {"sequence": 16}
 
 
 def test_output_that_the_model_does_not_give() -> None:

@@ -91,6 +91,18 @@ FIRES = {
         INPUTS,
         f"{COUNTS} {ROWS} {KEYS} d = Sub(columns, rows) df = Cast<to = 1>(d) mask = Identity(df) {CACHES} {ATTEND}",
     ),
+    "a table that is read at places in the cache": (
+        INPUTS,
+        f"{COUNTS} {ROWS} {KEYS} table = Constant<value_floats = [0.1, 1.0, 0.2, 3.0, 0.4, 0.5, 6.0]>() "
+        f"r = Cast<to = 1>(rows) bias = Gather(table, columns) mask = Add(bias, r) {CACHES} {ATTEND}",
+    ),
+    "a table that ends before the places where no token is": (
+        INPUTS,
+        f"{COUNTS} {ROWS} {KEYS} d = Sub(rows, columns) n = Add(d, s) ahead = Min(n, one) "
+        "nine = Constant<value_int = 9>() far = Mul(ahead, nine) off = Sub(far, nine) "
+        "table = Constant<value_floats = [0.5, 0.25]>() "
+        f"mask = Gather(table, off) {CACHES} {ATTEND}",
+    ),
     "the number of tokens as a float": (
         INPUTS,
         f"{COUNTS} {ROWS} {KEYS} c = Cast<to = 1>(columns) tf = Cast<to = 1>(total) e = Div(c, tf) "
@@ -191,10 +203,11 @@ LEAVES_ALONE = {
         f"{INPUTS}, int64 past_length", OUTPUTS, f"{CACHES} a = Attention(new, k, v) {MERGE}",
         "the graph has an input 'past_length' already",
     ),
-    "a table that is read at a place in the cache": (
+    "a table that is read at places in the cache that stand in a column": (
         INPUTS, OUTPUTS,
         f"{COUNTS} {KEYS} table = Constant<value_floats = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]>() "
-        f"[look] row = Gather(table, columns) mask = Add(row, row) {CACHES} a = Attention(new, k, v) {MERGE}",
+        "ax = Constant<value_ints = [1]>() column = Unsqueeze(columns, ax) "
+        f"[look] row = Gather(table, column) mask = Transpose(row) {CACHES} a = Attention(new, k, v, mask) {MERGE}",
         "Gather 'look' computes along the cache",
     ),
 }  # fmt: skip
