@@ -155,12 +155,16 @@ def test_a_task_is_of_one_graph(checkpoint: Path, compiled: tuple[Path, Report],
 PAIRS = [("Return the number of", "arguments"), ("é", "If the argument"), ("a", "string, it is one of those")]
 
 
-def test_perplexity_of_answers_is_that_of_torch(
-    checkpoint: Path, compiled: tuple[Path, Report], tmp_path: Path
-) -> None:
-    folder, _ = compiled
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Texts and answers to them."""
     lines = [json.dumps({"text": text, "text_pair": answer}) for text, answer in PAIRS]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path / "pairs.jsonl"
+
+
+def test_perplexity_of_answers_is_that_of_torch(checkpoint: Path, compiled: tuple[Path, Report], pairs: Path) -> None:
+    folder, _ = compiled
     tokenizer: Any = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     nats, count = 0.0, 0
     with quiet(), torch.inference_mode():
@@ -169,14 +173,21 @@ def test_perplexity_of_answers_is_that_of_torch(
             ids, labels = (torch.tensor([tokenizer.encode(text).ids]) for text in pair)
             nats += float(model(input_ids=ids, labels=labels).loss) * labels.shape[1]
             count += labels.shape[1]
-    found = evaluate(folder / "out", tmp_path / "pairs.jsonl", against=str(checkpoint))
+    found = evaluate(folder / "out", pairs)
     assert found.tokens == count
     # Logits differ by some 1e-5 (float32 in another order), and so at most do the logarithms of probabilities.
     assert found.perplexity == pytest.approx(math.exp(nats / count), rel=1e-4)
-    other = found.against
+
+
+@pytest.mark.slow
+def test_against_the_source(checkpoint: Path, compiled: tuple[Path, Report], pairs: Path) -> None:
+    folder, _ = compiled
+    other = evaluate(folder / "out", pairs, against=str(checkpoint)).against
     assert other is not None
     assert (other.top1_agreement, other.same_answers, other.answers) == (1.0, 3, 3)
     assert 0 <= other.kl_divergence < 1e-8  # the square of what logits differ by
+    with pytest.raises(LlmcError, match="not the same kind: one alone is an encoder-decoder"):
+        evaluate(folder / "out", pairs, against=str(TINY_LLAMA))
 
 
 def test_what_cannot_be_evaluated(compiled: tuple[Path, Report], tmp_path: Path) -> None:
@@ -189,6 +200,7 @@ def test_what_cannot_be_evaluated(compiled: tuple[Path, Report], tmp_path: Path)
         evaluate(folder / "out", tmp_path / "pairs.tsv", against=str(TINY_LLAMA))
 
 
+@pytest.mark.slow
 def test_explain_tells_of_both(checkpoint: Path) -> None:
     both = explain(str(checkpoint), "fuse-attention", Recipe.load("optimize"))
     assert [found.half for found in both] == ["encoder", "decoder"]
@@ -198,6 +210,7 @@ def test_explain_tells_of_both(checkpoint: Path) -> None:
     assert alone.result.rewrites
 
 
+@pytest.mark.slow
 def test_bisect_takes_one_of_both(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(TwoGraphsError, match=r"with --set model\.half=decoder"):
         plan(str(checkpoint), Recipe.load("optimize"))

@@ -128,6 +128,7 @@ def test_answers_are_those_of_transformers(checkpoint: Path, artifact: Path, tmp
     assert "frames" in str(generator.speed)
 
 
+@pytest.mark.slow
 def test_command(checkpoint: Path, artifact: Path, tmp_path: Path) -> None:
     files = sounds(tmp_path)[:2]
     command = [sys.executable, "-m", "llmc.compiler", "generate", str(artifact), "--tokens", str(TOKENS)]
