@@ -19,6 +19,7 @@ from llmc.compiler.generation.tokenizer import copy_tokenizer
 from llmc.compiler.loaders import Feeds
 from llmc.compiler.loaders.tasks import GENERATING
 from llmc.compiler.lock import Lock
+from llmc.compiler.peak import peak_bytes
 from llmc.compiler.planning import Plan, about, asked_of, plans
 from llmc.compiler.precision import fallbacks, some
 from llmc.compiler.progress import Counted, Progress, quiet
@@ -162,6 +163,8 @@ def _emit(run: Run, last: pipeline.Step, folder: Path) -> Report:
     report = run.report(graph, _target_report(made, built, folder))
     _check_precision(run, graph, report)
     report.timings.total = sum(made.seconds.values())
+    most = {"llmc": peak_bytes(), "builder": built.peak_bytes}
+    report.timings.memory = {process: size for process, size in most.items() if size is not None}
     calibration_file.write(folder, made.loaded.digest, run.sections)
     return report
 

@@ -242,7 +242,7 @@ class SourceReport(Part):
 
 
 class Timings(Part):
-    """Seconds. The one part of a report that differs between two runs of the same compile."""
+    """Seconds, and memory. The one part of a report that differs between two runs of the same compile."""
 
     total: float
     steps: dict[str, float] = Field(description="Step ('load', '1 fold-constants', 'verify', 'build') → seconds.")
@@ -250,6 +250,10 @@ class Timings(Part):
         default_factory=dict, description="Step → seconds of steps['verify'] that went to verifying it."
     )
     cached: list[str] = Field(default_factory=list, description="Steps that were not run, but found in the cache.")
+    memory: dict[str, int] = Field(
+        default_factory=dict,
+        description="Process ('llmc', 'builder') → the most bytes it had in memory, pages of mapped files included.",
+    )
 
 
 class Report(Part):

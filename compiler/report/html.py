@@ -114,7 +114,7 @@ def _tiles(report: Report) -> Markup:
     if report.target and report.target.files:
         name, size = next(iter(report.target.files.items()))
         tiles.append((name, text.scaled(size, "B"), ""))
-    tiles.append(("Time", text.seconds(report.timings.total), ""))
+    tiles.append(("Time", text.seconds(report.timings.total), text.memory(report.timings)))
     drawn = [
         element(
             "div",

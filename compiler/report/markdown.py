@@ -60,7 +60,9 @@ def _head(report: Report) -> str:
     target = f" → {report.target.kind}" if report.target else ""
     about = ", ".join(part for part in (report.source.kind, report.source.task, report.source.exporter) if part)
     time = text.seconds(report.timings.total)
-    return f"**{escape(report.recipe + target)}**: {report.status} in {time} ({escape(about)})"
+    memory = text.memory(report.timings)
+    most = f", with at most {memory} in memory" if memory else ""
+    return f"**{escape(report.recipe + target)}**: {report.status} in {time}{most} ({escape(about)})"
 
 
 def _warnings(report: Report) -> str:

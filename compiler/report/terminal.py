@@ -65,7 +65,7 @@ def render(report: Report, console: Console, folder: Path | None = None) -> None
         _facts("Graph", _graph(report.graph)),
         _facts("Precision", _precision(report.precision)),
         _facts("Verified", _verification(report)),
-        _facts(f"Target {report.target.kind}", _target(report.target)) if report.target else None,
+        _facts(f"Target {report.target.kind}", _built(report)) if report.target else None,
         _files(report, folder),
         _warnings(report),
     ]
@@ -265,6 +265,12 @@ def _verification(report: Report) -> list[tuple[str, Text]]:
         ("budgets", _plain(budgets or "none")),
         *([("task", _plain(text.task(verification.task)))] if verification.task else []),
     ]
+
+
+def _built(report: Report) -> list[tuple[str, Text]]:
+    memory = text.memory(report.timings)
+    rows = _target(report.target) if report.target else []
+    return [*rows, *([("most memory", _plain(memory))] if memory else [])]
 
 
 def _target(target: TargetReport) -> list[tuple[str, Text]]:

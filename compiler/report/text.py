@@ -55,6 +55,11 @@ def time_of(timings: Timings, step: str) -> str:
     return CACHED if step in timings.cached else seconds(timings.steps.get(step))
 
 
+def memory(timings: Timings) -> str:
+    """'llmc 1.2 GB, builder 5.31 GB': the most that each process had; '' where that is not known."""
+    return ", ".join(f"{name} {scaled(size, 'B')}" for name, size in timings.memory.items())
+
+
 def similarity(cosine: float | None) -> str:
     """A cosine with six decimals; '' where none was measured."""
     return "" if cosine is None else f"{cosine:.6f}"

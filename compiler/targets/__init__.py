@@ -51,6 +51,8 @@ class Built:
     layers: list[dict[str, object]] = field(default_factory=list)
     """Engine layers where the builder tells: name, kind, dtype, source nodes."""
     warnings: list[str] = field(default_factory=list)
+    peak_bytes: int | None = None
+    """The most that a builder's own process had in memory."""
 
 
 class Target(Protocol):

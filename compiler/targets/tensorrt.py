@@ -169,7 +169,7 @@ class TensorRT:
                     f"{len(decomposed)} of {len(known['attentions'])} Attention nodes have no fused kernel and are "
                     f"computed in parts (first: '{decomposed[0]}'); float16 and head sizes of 16 to 256 have one"
                 )
-        return Built([engine], facts, known["layers"], warnings)
+        return Built([engine], facts, known["layers"], warnings, known["peak_bytes"])
 
 
 def _gpu_capability() -> int | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from llmc.compiler.peak import peak_bytes
 from llmc.compiler.targets import tensorrt_log
 from llmc.compiler.targets.input_shapes import Shapes
 from llmc.compiler.targets.tensorrt_import import PRODUCT, Kind, load
@@ -175,6 +176,7 @@ def build(job: BuildJob, phase: Phase) -> dict[str, object]:
     except OSError as error:
         raise UnwritableError(error.strerror or str(error)) from error
     facts = {"version": trt.__version__, "engine_bytes": size, **_network_facts(trt, network), **_log_facts(log)}
+    facts["peak_bytes"] = peak_bytes()
     del parser  # before the network, into which it points; not earlier, because it owns the weights
     return facts
 

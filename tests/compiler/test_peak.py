@@ -1,0 +1,32 @@
+"""The most memory that a process had, by what the system counts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmc.compiler.peak import peak_bytes
+
+WORK = """
+from llmc.compiler.peak import peak_bytes
+before = peak_bytes()
+held = bytearray(b"x") * (64 << 20)
+del held
+print(before, peak_bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_what_was_given_back_counts() -> None:
+    told = subprocess.run([sys.executable, "-c", WORK], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, told.split())
+    assert 56 << 20 < after - before < 72 << 20  # the interpreter held a few MB less, or more, than at its peak before
+
+
+def test_nothing_is_said_where_the_system_does_not_tell(tmp_path: Path) -> None:
+    assert peak_bytes(tmp_path / "none") is None
+    (tmp_path / "status").write_text("Name: x\n")
+    assert peak_bytes(tmp_path / "status") is None
