@@ -79,6 +79,9 @@ def compile_command(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Tokenizer for text data, where the model brings none.")
     ] = None,
+    link_weights: Annotated[
+        bool, typer.Option("--link-weights", help="Leave unchanged weights in the source's files, linked, not copied.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, build nothing.")
     ] = False,
@@ -109,7 +112,9 @@ def compile_command(
     from llmc.compiler.recipe import Recipe
 
     chosen = Recipe.load(recipe).with_settings(settings or [])
-    chosen = with_options(chosen, target=target, calibration=calibration, verify_inputs=verify_inputs)
+    chosen = with_options(
+        chosen, target=target, calibration=calibration, verify_inputs=verify_inputs, link_weights=link_weights
+    )
     place = output or Path("build") / chosen.name
     with shown() as progress:
         if dry_run:

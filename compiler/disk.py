@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmc.compiler.errors import LlmcError
-from llmc.compiler.links import clone
 from llmc.compiler.report.text import scaled
-from llmc.passes.graph import FileRegion, Graph, Weights, constant_bytes, constants, is_large
+from llmc.passes.graph import FileRegion, Graph, Weights, clone, constant_bytes, constants, is_large, linked_file
 
 LEAST = 16
 """Weights shrink to no less than this part of themselves: 32 bits become 2, in codebooks."""
@@ -39,9 +39,9 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_least(graphs: Iterable[Graph], output: Path) -> None:
+def check_least(graphs: Iterable[Graph], output: Path, linked: frozenset[Path] = frozenset()) -> None:
     """Raises LlmcError where the disk of `output` cannot hold these graphs, whatever passes make of their weights."""
-    needed = sum(bytes_to_write(graph, output) for graph in graphs) // LEAST
+    needed = sum(bytes_to_write(graph, output, linked) for graph in graphs) // LEAST
     _check(output, needed, f"needs {scaled(needed, 'B')} or more")
 
 
@@ -53,23 +53,32 @@ def check_room(graphs: Iterable[Graph], output: Path, linked: frozenset[Path] = 
 
 def bytes_to_write(graph: Graph, output: Path, linked: frozenset[Path] = frozenset()) -> int:
     """Of the weights; without those in `linked` files, and in files that share their blocks with copies at `output`."""
-    shared, total = dict.fromkeys(linked, True), 0
+    shared, total = dict[Path, bool](), 0
     for constant in constants(graph):
         held = constant._values
         path = held.source.path if isinstance(held, Weights) and isinstance(held.source, FileRegion) else None
         if path is not None and path not in shared:
             shared[path] = is_large(graph) and _shares(path, output)
-        total += 0 if path is not None and shared[path] else constant_bytes(constant)
+        stays = linked_file(held, linked) is not None or (path is not None and shared[path])
+        total += 0 if stays else constant_bytes(constant)
     return total
+
+
+@contextmanager
+def probe_beside(output: Path) -> Iterator[Path]:
+    """A name on the disk of `output` for a file to try something with, which is gone afterwards."""
+    probe = nearest_existing(output.parent) / f".{output.name}.probe-{os.getpid():07}"
+    probe.unlink(missing_ok=True)
+    try:
+        yield probe
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _shares(source: Path, output: Path) -> bool:
     """Whether the disk of `output` would hold a copy of this file without room for its blocks."""
-    probe = nearest_existing(output.parent) / f".{output.name}.probe-{os.getpid():07}"
-    try:
+    with probe_beside(output) as probe:
         return clone(source, probe)
-    finally:
-        probe.unlink(missing_ok=True)
 
 
 def _check(output: Path, needed: int, need: str) -> None:

@@ -16,6 +16,7 @@ from llmc.compiler.dump import PassDump
 from llmc.compiler.errors import BudgetError, LlmcError, PrecisionError, TargetError
 from llmc.compiler.evidence import evidence_place, keep_fallback, keep_task
 from llmc.compiler.generation.tokenizer import copy_tokenizer
+from llmc.compiler.links import linkable
 from llmc.compiler.loaders import Feeds
 from llmc.compiler.loaders.tasks import GENERATING
 from llmc.compiler.lock import Lock
@@ -40,7 +41,7 @@ from llmc.compiler.verification import Verifier
 from llmc.compiler.verification.custom import load_custom
 from llmc.compiler.verification.judge import Judge
 from llmc.compiler.verification.tasks import Task
-from llmc.passes.graph import SMALL, Array, Graph, collector_paused, constant_bytes, constants, save_model
+from llmc.passes.graph import SMALL, Array, Graph, collector_paused, constant_bytes, constants, linked_file, save_model
 
 NOT_LOCKED = ("recipe.yaml", "report.html", "report.json", "report.md")
 """Files that differ from run to run, or from machine to machine: reports have timings, recipes have paths."""
@@ -96,12 +97,12 @@ def _run(
     locked = {**about(plans), "recipe": recipe.document(lambda path: path.name)}
     if lock is not None:
         lock.check(locked)
-    _make_room(plans, output, memory)
+    linked = _make_room(plans, output, memory)
     changed = [_change(made, output, stop_after_rewrite, listeners, memory, progress) for made in plans]
-    disk.check_room([last.graph for _, last in changed], output)
+    disk.check_room([last.graph for _, last in changed], output, linked)
     with artifact(output, force=force) as folder:
         reports = [
-            _emit(run, last, folder / (run.plan.loaded.half or "") if len(plans) > 1 else folder)
+            _emit(run, last, folder / (run.plan.loaded.half or "") if len(plans) > 1 else folder, linked)
             for run, last in changed
         ]
         report = _together(reports)
@@ -120,12 +121,19 @@ def _run(
     return report
 
 
-def _make_room(plans: Sequence[Plan], output: Path, memory: Memory) -> None:
-    """Have the disk hold the output, as far as is known before passes have run. Raises LlmcError where it cannot."""
-    graphs = [made.loaded.graph for made in plans]
-    disk.check_least(graphs, output)
+def _make_room(plans: Sequence[Plan], output: Path, memory: Memory) -> frozenset[Path]:
+    """Have the disk hold the output, as far as is known before passes have run; the source's files to be linked.
+
+    Raises LlmcError where it cannot, or these cannot.
+    """
+    graphs, asked = [made.loaded.graph for made in plans], plans[0].recipe.target
+    linked = linkable(graphs, output, plans[0].target.kind) if asked.link_weights else frozenset()
+    if asked.link_weights and not linked:
+        plans[0].warnings.append("no weight of the source stands in a file as ONNX takes it: nothing is linked")
+    disk.check_least(graphs, output, linked)
     engine = plans[0].target.kind in ("tensorrt", "tensorrt-rtx")  # of about the size of the model beside it
-    memory.leave(sum(disk.bytes_to_write(graph, output) for graph in graphs) * (1 + engine), output)
+    memory.leave(sum(disk.bytes_to_write(graph, output, linked) for graph in graphs) * (1 + engine), output)
+    return linked
 
 
 def _change(
@@ -151,22 +159,28 @@ def _change(
     return run, last
 
 
-def _emit(run: Run, last: pipeline.Step, folder: Path) -> Report:
+def _emit(run: Run, last: pipeline.Step, folder: Path, linked: frozenset[Path]) -> Report:
     """Write one graph, and what the target makes of it, into `folder`."""
     made, graph = run.plan, last.graph
     folder.mkdir(exist_ok=True)
     model = folder / "model.onnx"
-    weights = [size for size in map(constant_bytes, constants(graph)) if size >= SMALL]
-    save_model(graph, model, wrote=Counted(run.progress, "writing the model", sum(weights), len(weights), "weight"))
+    files = save_model(graph, model, wrote=_counted(graph, linked, run.progress), linked=linked)
     with run.timed("build"):
         built = _build(run, last.end, model, folder)
-    report = run.report(graph, _target_report(made, built, folder))
+    report = run.report(graph, _target_report(made, built, [*files, *built.files]))
     _check_precision(run, graph, report)
     report.timings.total = sum(made.seconds.values())
     most = {"llmc": peak_bytes(), "builder": built.peak_bytes}
     report.timings.memory = {process: size for process, size in most.items() if size is not None}
     calibration_file.write(folder, made.loaded.digest, run.sections)
     return report
+
+
+def _counted(graph: Graph, linked: frozenset[Path], progress: Progress) -> Counted:
+    """Counts the weights that are written, not left where they are."""
+    written = [constant for constant in constants(graph) if linked_file(constant._values, linked) is None]
+    sizes = [size for size in map(constant_bytes, written) if size >= SMALL]
+    return Counted(progress, "writing the model", sum(sizes), len(sizes), "weight")
 
 
 def _together(reports: Sequence[Report]) -> Report:
@@ -251,10 +265,10 @@ def _build(run: Run, final: State, model: Path, folder: Path) -> Built:
     return built
 
 
-def _target_report(made: Plan, built: Built, folder: Path) -> TargetReport:
+def _target_report(made: Plan, built: Built, files: Sequence[Path]) -> TargetReport:
     return TargetReport(
         kind=made.target.kind,
-        files={path.name: path.stat().st_size for path in sorted({folder / "model.onnx", *built.files})},
+        files={path.name: path.stat().st_size for path in sorted(set(files))},
         facts=built.facts,
         profiles=[{name: (r.min, r.opt, r.max) for name, r in profile.items()} for profile in made.profiles],
         layers=built.layers,

@@ -165,7 +165,7 @@ def _write_recipe(
             parameters["calibration"]["statistics"] = None
     document["model"]["half"] = None  # what is kept is one graph
     document["model"]["processor"] = str(given.processor) if given.processor else None
-    document["target"]["kind"] = kind
+    document["target"] |= {"kind": kind, "link_weights": False}
     document["verify"]["samples"] = max(len(given.verification), 1)
     keys = {step.key() for step in recipe.passes[passes]}
     budgets = document["verify"]["pass_budgets"]

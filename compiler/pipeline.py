@@ -12,6 +12,7 @@ from llmc.compiler.cache.memory import NOTHING, Memory, State
 from llmc.compiler.cache.passes import Outcome, PassMemory
 from llmc.compiler.cache.store import DamagedError
 from llmc.compiler.calibrate import SampledActivations
+from llmc.compiler.onnx_check import check_without
 from llmc.passes.base import Context, Ledger, LlmcError, Pass, PassError, PassResult, Skip
 from llmc.passes.graph import Graph, Structure, collector_paused, to_structure
 
@@ -156,17 +157,7 @@ def check_graph(graph: Graph, key: str) -> None:
 
 
 def _check(structure: Structure, key: str) -> None:
-    """Large weights are declared as inputs for the check: it needs their types, not their values."""
-    model = onnx.ModelProto()
-    model.CopyFrom(structure.model)
-    proto = model.graph
-    inline = [tensor for tensor in proto.initializer if tensor.name not in structure.weights]
-    for tensor in proto.initializer:
-        if tensor.name in structure.weights:
-            proto.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    del proto.initializer[:]
-    proto.initializer.extend(inline)
     try:
-        onnx.checker.check_model(model)
+        check_without(structure.model, structure.weights)
     except onnx.checker.ValidationError as error:
         raise PassError(f"{key} left an invalid graph: {error}") from error

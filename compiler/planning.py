@@ -158,11 +158,18 @@ class Plan:
 
 
 def with_options(
-    recipe: Recipe, *, target: str | None = None, calibration: Path | None = None, verify_inputs: Path | None = None
+    recipe: Recipe,
+    *,
+    target: str | None = None,
+    calibration: Path | None = None,
+    verify_inputs: Path | None = None,
+    link_weights: bool = False,
 ) -> Recipe:
     """The recipe with the command line's short forms of settings. Raises LlmcError where nothing would use one."""
     if target is not None:
         recipe = recipe.with_values({"target.kind": target}, "--target")
+    if link_weights:
+        recipe = recipe.with_values({"target.link_weights": True}, "--link-weights")
     if verify_inputs is not None:
         recipe = recipe.with_values({"verify.inputs": verify_inputs}, "--verify-inputs")
     if calibration is not None:

@@ -166,6 +166,9 @@ class TargetSection(Section):
     plugins: tuple[Literal["llmc"], ...] = Field(
         (), description="Plugins that run operators of llmc's own: full TensorRT alone takes them."
     )
+    link_weights: bool = Field(
+        False, description="Weights that no pass changed stay in the source's files, which the artifact links."
+    )
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> Self:

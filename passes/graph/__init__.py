@@ -22,6 +22,7 @@ from llmc.passes.graph.edit import scopes as scopes
 from llmc.passes.graph.edit import unlink as unlink
 from llmc.passes.graph.file_copy import Wrote as Wrote
 from llmc.passes.graph.file_copy import append_region as append_region
+from llmc.passes.graph.file_copy import clone as clone
 from llmc.passes.graph.file_copy import nobody as nobody
 from llmc.passes.graph.functions import DOMAIN as DOMAIN
 from llmc.passes.graph.functions import KERNELS as KERNELS
@@ -39,6 +40,7 @@ from llmc.passes.graph.onnx_file import ALIGNMENT as ALIGNMENT
 from llmc.passes.graph.onnx_file import EXTERNAL_FROM as EXTERNAL_FROM
 from llmc.passes.graph.onnx_file import append_aligned as append_aligned
 from llmc.passes.graph.onnx_file import is_large as is_large
+from llmc.passes.graph.onnx_file import linked_file as linked_file
 from llmc.passes.graph.onnx_file import save_model as save_model
 from llmc.passes.graph.onnx_import import copy_graph as copy_graph
 from llmc.passes.graph.onnx_import import from_model as from_model

@@ -1,10 +1,12 @@
-"""Bytes from one file to the end of another inside the kernel: file systems that can (btrfs, XFS) share the blocks."""
+"""Bytes that get into another file without passing through this process: copied by the kernel, shared, or linked."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO
 
 from llmc.passes.errors import LlmcError
@@ -17,6 +19,9 @@ BLOCK = 16 << 20
 _CHUNK = 1 << 20
 _NOT_HERE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 """Of copy_file_range(2): other file systems, none that has it, a sandbox that forbids it, a file opened to append."""
+
+_FICLONE = 0x40049409
+"""ioctl_ficlone(2), of btrfs, XFS and others."""
 
 
 def nobody(_count: int) -> None:
@@ -64,3 +69,29 @@ def _inside(source: IO[bytes], begin: int, target: IO[bytes], end: int, left: in
 def _through(source: IO[bytes], begin: int, target: IO[bytes], left: int) -> int:
     """Read and write a chunk; the bytes copied, 0 at the end of the file."""
     return target.write(os.pread(source.fileno(), min(left, _CHUNK), begin))
+
+
+def link(source: Path, target: Path) -> None:
+    """Have `target`, a new name, give the bytes of `source` without a copy: a clone, or else a hard link.
+
+    Raises OSError where neither can be made.
+    """
+    if not clone(source, target):
+        os.link(source, target)
+
+
+def clone(source: Path, target: Path) -> bool:
+    """Make `target`, a new file, share all blocks of `source`; False, and no file, where the file system cannot.
+
+    The two are independent: what is written to one later does not show in the other.
+    """
+    with source.open("rb") as read:
+        try:
+            with target.open("xb") as write:
+                fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
+        except FileExistsError:
+            raise
+        except OSError:
+            target.unlink(missing_ok=True)
+            return False
+    return True

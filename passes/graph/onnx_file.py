@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -13,9 +13,9 @@ import onnx
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from llmc.passes.graph.edit import constant_bytes, constants
-from llmc.passes.graph.file_copy import Wrote, append_bytes, append_region, nobody
+from llmc.passes.graph.file_copy import Wrote, append_bytes, append_region, link, nobody
 from llmc.passes.graph.onnx_export import raw_values, refer, to_structure
-from llmc.passes.graph.tensors import SMALL, Array, Graph, Structure, Weights
+from llmc.passes.graph.tensors import SMALL, Array, FileRegion, Graph, Structure, Weights
 
 EXTERNAL_FROM = 256 << 20
 """Bytes of weights from which a saved model keeps them in a file of their own (protobuf ends at 2 GB)."""
@@ -26,30 +26,61 @@ ALIGNMENT = 4096
 
 
 def save_model(
-    graph: Graph, path: Path, *, inline_below: int | None = None, wrote: Written = lambda _name, _count: None
+    graph: Graph,
+    path: Path,
+    *,
+    inline_below: int | None = None,
+    wrote: Written = lambda _name, _count: None,
+    linked: Collection[Path] = (),
 ) -> list[Path]:
     """Write the model to `path`; returns the files written. `wrote` is told of each weight's bytes, a block at a time.
 
     Models whose weights are under `EXTERNAL_FROM` bytes stand in one file; larger ones, and all where `inline_below`
     is given, keep constants of `inline_below` bytes (by default 1 KB) or more in `<path>.data` beside it, each aligned
     to 4096 bytes so that it can be mapped. Weights are written one at a time; those that stand in a file are copied
-    by the kernel.
+    by the kernel, or left where they are if the file is in `linked`: then a link beside `path` stands for it.
     """
-    external = inline_below is not None or is_large(graph)
+    external = inline_below is not None or bool(linked) or is_large(graph)
     structure = to_structure(graph, inline_below=SMALL if inline_below is None else inline_below)
     if not external or not structure.weights:
         with _beside(path) as file:
             _write_whole(structure, file, wrote)
         return [path]
+    links, own = dict[Path, Path](), list[onnx.TensorProto]()
+    for tensor in structure.model.graph.initializer:
+        if tensor.name in structure.weights:
+            held = structure.weights[tensor.name]
+            region = linked_file(held, linked)
+            if region is None:
+                own.append(tensor)
+            else:
+                link_name = links.setdefault(region.path, _free_name(path, region.path, links.values()))
+                refer(tensor, link_name.name, region.offset, held.nbytes)
+    for source, name in links.items():
+        link(source, name)
     data = path.with_name(path.name + ".data")
-    with _beside(data) as file:
-        for tensor in structure.model.graph.initializer:
-            if tensor.name in structure.weights:
-                held = structure.weights[tensor.name]
-                refer(tensor, data.name, *append_aligned(file, held, tensor.data_type, partial(wrote, tensor.name)))
+    if own:
+        with _beside(data) as file:
+            for tensor in own:
+                held, told = structure.weights[tensor.name], partial(wrote, tensor.name)
+                refer(tensor, data.name, *append_aligned(file, held, tensor.data_type, told))
     with _beside(path) as file:
         file.write(structure.model.SerializeToString(deterministic=True))
-    return [path, data]
+    return [path, *([data] if own else ()), *links.values()]
+
+
+def linked_file(values: Array | Weights, linked: Collection[Path]) -> FileRegion | None:
+    """Where these values stand, if in one of the `linked` files, and where a reader that maps it can use them."""
+    source = values.source if isinstance(values, Weights) else None
+    if isinstance(values, Weights) and isinstance(source, FileRegion) and source.path in linked:
+        return source if source.offset % values.dtype.itemsize == 0 else None
+    return None
+
+
+def _free_name(path: Path, source: Path, taken: Collection[Path]) -> Path:
+    """'model.onnx.linked.model.safetensors', with a number where two sources have one name."""
+    name = path.with_name(f"{path.name}.linked.{source.name}")
+    return name if name not in taken else name.with_name(f"{path.name}.linked-{len(taken)}.{source.name}")
 
 
 def is_large(graph: Graph) -> bool:
