@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.report.text import scaled
-from llmc.passes.graph import FileRegion, Graph, Weights, clone, constant_bytes, constants, is_large, linked_file
+from llmc.passes.graph import Graph, Weights, clone, constant_bytes, constants, is_large, linked_file
 
 LEAST = 16
 """Weights shrink to no less than this part of themselves: 32 bits become 2, in codebooks."""
@@ -56,10 +56,10 @@ def bytes_to_write(graph: Graph, output: Path, linked: frozenset[Path] = frozens
     shared, total = dict[Path, bool](), 0
     for constant in constants(graph):
         held = constant._values
-        path = held.source.path if isinstance(held, Weights) and isinstance(held.source, FileRegion) else None
-        if path is not None and path not in shared:
-            shared[path] = is_large(graph) and _shares(path, output)
-        stays = linked_file(held, linked) is not None or (path is not None and shared[path])
+        region = held.region() if isinstance(held, Weights) else None
+        if region is not None and region.path not in shared:
+            shared[region.path] = is_large(graph) and _shares(region.path, output)
+        stays = linked_file(held, linked) is not None or (region is not None and shared[region.path])
         total += 0 if stays else constant_bytes(constant)
     return total
 

@@ -26,7 +26,7 @@ def linkable(graphs: Iterable[Graph], output: Path, kind: TargetKind) -> frozens
             if clone(path, probe):
                 continue
             try:
-                os.link(path, probe)
+                os.link(path.resolve(), probe)
             except OSError as error:
                 problem = f"{path} cannot be linked beside {output}: {error.strerror}"
                 raise LlmcError(f"{problem}; {_ADVICE}") from error
@@ -39,5 +39,6 @@ def linkable(graphs: Iterable[Graph], output: Path, kind: TargetKind) -> frozens
 def _files(graph: Graph) -> Iterable[Path]:
     for constant in constants(graph):
         held = constant._values
-        if isinstance(held, Weights) and type(held.source) is FileRegion and not isinstance(held, KeptWeights):
-            yield held.source.path
+        region = held.region() if isinstance(held, Weights) and not isinstance(held, KeptWeights) else None
+        if type(region) is FileRegion:  # and none of this compile's own
+            yield region.path

@@ -45,14 +45,13 @@ class KeptWeights(Weights):
         super().__init__(ref.dtype, ref.shape, FileRegion(store.path(ref.sha256), 0))
         self.store, self.sha256 = store, ref.sha256
 
-    def region(self) -> FileRegion | None:
-        """The blob. Raises DamagedError."""
+    def check(self) -> None:
+        """Raises DamagedError."""
         self.store.blob(self.sha256)
-        return super().region()
 
     def load(self) -> Array:
         """The values. Raises DamagedError."""
-        self.store.blob(self.sha256)
+        self.check()
         return super().load()
 
 

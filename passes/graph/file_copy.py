@@ -77,7 +77,7 @@ def link(source: Path, target: Path) -> None:
     Raises OSError where neither can be made.
     """
     if not clone(source, target):
-        os.link(source, target)
+        os.link(source.resolve(), target)  # a link to a symbolic link would be one too
 
 
 def clone(source: Path, target: Path) -> bool:

@@ -71,10 +71,9 @@ def save_model(
 
 def linked_file(values: Array | Weights, linked: Collection[Path]) -> FileRegion | None:
     """Where these values stand, if in one of the `linked` files, and where a reader that maps it can use them."""
-    source = values.source if isinstance(values, Weights) else None
-    if isinstance(values, Weights) and isinstance(source, FileRegion) and source.path in linked:
-        return source if source.offset % values.dtype.itemsize == 0 else None
-    return None
+    region = values.region() if isinstance(values, Weights) else None
+    stays = region is not None and region.path in linked and region.offset % values.dtype.itemsize == 0
+    return region if stays else None
 
 
 def _free_name(path: Path, source: Path, taken: Collection[Path]) -> Path:
@@ -100,6 +99,7 @@ def _append(file: IO[bytes], values: Array | Weights, onnx_dtype: int, wrote: Wr
     """Append a tensor's bytes to `file`."""
     region = values.region() if isinstance(values, Weights) else None
     if isinstance(values, Weights) and region is not None:
+        values.check()
         append_region(file, region, values.nbytes, wrote)
     else:
         append_bytes(file, raw_values(values, onnx_dtype), wrote)

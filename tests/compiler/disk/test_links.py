@@ -187,3 +187,22 @@ def test_weights_of_safetensors_and_of_several_files_of_one_name(tmp_path: Path)
     expected = sum(values.values(), np.zeros(SIDE, np.float32))
     found = session.run(None, {"x": np.zeros(SIDE, np.float32)})[0]
     np.testing.assert_allclose(found, expected, atol=1e-5)  # five FP32 numbers of about 1, added in another order
+
+
+def test_weights_of_a_hugging_face_model_stay_in_its_files(tmp_path: Path) -> None:
+    """Also where these are symbolic links, as in the hub's cache."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=99)
+    BertModel(config).save_pretrained(tmp_path / "real")
+    (tmp_path / "hf").mkdir()
+    for path in (tmp_path / "real").iterdir():
+        (tmp_path / "hf" / path.name).symlink_to(path)
+    document = Recipe.load("optimize").with_values({"target.kind": "onnxruntime", "target.link_weights": True}, "test")
+    for _ in range(2):  # the second finds the export in the cache
+        report = run_compile(str(tmp_path / "hf"), document, tmp_path / "out")
+        linked = tmp_path / "out/model.onnx.linked.model.safetensors"
+        assert linked.samefile(tmp_path / "real/model.safetensors")
+        assert not linked.is_symlink()
+        assert report.status == "done"
+        check_artifact(tmp_path / "out")
