@@ -74,14 +74,14 @@ def _piece(node: Node, dims: Dimensions) -> Piece | None:
     """What a Slice takes; None where it is of several axes or in steps, or where that is not known."""
     if node.op != "Slice" or node.domain or len(node.inputs) < 3 or (shape := dims.of(node.inputs[0])) is None:
         return None
-    defaults = [[], [], [0], [1]]
-    given = [
-        dims.integers(node.inputs[index]) if index < len(node.inputs) and not node.inputs[index].is_empty() else default
-        for index, default in enumerate(defaults, 1)
-    ]
-    if any(values is None or len(values) != 1 for values in given):
-        return None
-    (start,), (end,), (axis,), (step,) = given
+    told = list[int]()
+    for index, default in ((1, []), (2, []), (3, [0]), (4, [1])):
+        given = index < len(node.inputs) and not node.inputs[index].is_empty()
+        values = dims.integers(node.inputs[index]) if given else default
+        if values is None or len(values) != 1:
+            return None
+        told.extend(values)
+    start, end, axis, step = told
     axis %= len(shape)
     width = shape[axis].number
     if step != 1 or width is None:
