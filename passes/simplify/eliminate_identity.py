@@ -19,11 +19,12 @@ from llmc.passes.graph import (
     scopes,
 )
 from llmc.passes.simplify.local_rules import Instead, Rules, Site, StaysError
+from llmc.passes.simplify.masked_fill import MASKS
 from llmc.passes.simplify.no_operations import NO_OPERATIONS
 from llmc.passes.simplify.substitute import may_rename, substitute
 from llmc.passes.simplify.views import PAIRS
 
-RULES = Rules(NO_OPERATIONS, PAIRS)
+RULES = Rules(NO_OPERATIONS, PAIRS, MASKS)
 
 
 class EliminateIdentity(Pass):
@@ -39,7 +40,8 @@ class EliminateIdentity(Pass):
     One of two is enough: Transpose of Transpose; Reshape, Flatten, Squeeze, Unsqueeze of each other, where the last
     shape alone decides (a 0 in it, which means a dimension of the shape between, is resolved first); Cast of Cast,
     a → b → c, where b holds every value of a: float16 → float32 → float16 is nothing, int32 → int64 → float32 is
-    int32 → float32, float32 → float16 → float32 stays.
+    int32 → float32, float32 → float16 → float32 stays. ScatterND of one value to the places where a mask is true, which
+    NonZero finds, is Where: TensorRT has no NonZero.
 
     Outputs of the graph keep their names. What only the removed nodes read is removed with them.
 

@@ -194,7 +194,37 @@ FIRES = {
     ),
 }
 
+FILL = (
+    "n = NonZero(m) i = Transpose<perm = [1, 0]>(n) ends = Constant<value_ints = [-1]>() r = Reshape(m, ends) "
+    "c = Cast<to = 7>(r) k = ReduceSum(c) "
+)
+FIRES |= {
+    "one value where a mask is true": (
+        f"(float[N,M] x) => (float[N,M] y) <float zero = {{0}}, float v = {{2.5}}> "
+        f"{{ m = Less(x, zero) {FILL} e = Expand(v, k) y = ScatterND(x, i, e) }}",
+        ["Less", "Where"],
+    ),
+    "a computed value where a mask is true": (
+        f"(float[N,M] x, float[1] z) => (float[N,M] y) <float zero = {{0}}> "
+        f"{{ m = Less(x, zero) v = Exp(z) {FILL} e = Expand(v, k) y = ScatterND(x, i, e) }}",
+        ["Less", "Exp", "Where"],
+    ),
+}
 LEAVES_ALONE = {
+    "a mask that may be narrower": (
+        f"(float[N,M] x, bool[N,K] m) => (float[N,M] y) <float v = {{2.5}}> "
+        f"{{ {FILL} e = Expand(v, k) y = ScatterND(x, i, e) }}",
+        "the mask 'm' is not known to have the shape of 'x'",
+    ),
+    "values of their own where a mask is true": (
+        f"(float[N,M] x, bool[N,M] m, float[K] e) => (float[N,M] y, int64[1] k) {{ {FILL} y = ScatterND(x, i, e) }}",
+        "",
+    ),
+    "a value that is added where a mask is true": (
+        f"(float[N,M] x, bool[N,M] m) => (float[N,M] y) <float v = {{2.5}}> "
+        f'{{ {FILL} e = Expand(v, k) y = ScatterND<reduction = "add">(x, i, e) }}',
+        "",
+    ),
     "an input that is an output": (
         "(float[N] x) => (float[N] y) { y = Identity(x) }",
         "'y' is an output of the graph, and so is or cannot be 'x'",
