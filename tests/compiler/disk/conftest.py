@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnx.parser
 import pytest
 
-from llmc.passes.graph import load_model, save_model
+from llmc.passes.graph import Constant, Graph, Node, Variable, save_model
 
 SIDE, LAYERS = 1024, 4
 WEIGHTS = SIDE * SIDE * 4 * LAYERS
@@ -21,9 +19,15 @@ WEIGHTS = SIDE * SIDE * 4 * LAYERS
 RECIPE = """
 model: {dimensions: {batch: [1, 1, 2]}}
 passes: [eliminate-identity, PASSES eliminate-dead]
-target: {kind: onnx}
+target: {TARGET}
 verify: {samples: 1, budgets: {cosine: 0.9}}
 """
+RECIPES = {
+    "half": ("convert-fp16,", "kind: onnx"),
+    "same": ("", "kind: onnx"),
+    "linked": ("", "kind: onnxruntime, link_weights: true"),
+}
+"""Name → passes, target."""
 Mounted = Callable[[int], Path]
 """Makes a file system of so many MB; its root."""
 
@@ -57,22 +61,24 @@ def mounted(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounted]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """16 MB of weights as external data, and two recipes beside: one halves them, the other leaves them."""
-    text = " ".join(f"y{i} = MatMul(y{i - 1}, w{i}) z{i} = Identity(y{i})" for i in range(1, LAYERS + 1))
-    header = '<ir_version: 10, opset_import: ["": 20]>'
-    proto = onnx.parser.parse_model(
-        f"{header} g (float[batch,{SIDE}] y0) => (float[batch,{SIDE}] y) {{ {text} y = Relu(y{LAYERS}) }}"
-    )
-    rng = np.random.default_rng(0)
-    for i in range(1, LAYERS + 1):
-        values = rng.standard_normal((SIDE, SIDE)).astype(np.float32) / SIDE**0.5
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, f"w{i}"))
-    folder = tmp_path / "source"
+    return write_model(tmp_path / "source")
+
+
+def write_model(folder: Path, side: int = SIDE, layers: int = LAYERS) -> Path:
+    """Square products with weights as external data, and three recipes beside: halved, left, and left and linked."""
+    outputs = [Variable(f"y{i}", np.dtype(np.float32), ["batch", side]) for i in range(2 * layers + 1)]
+    rng, nodes = np.random.default_rng(0), list[Node]()
+    for i in range(0, 2 * layers, 2):
+        weights = Constant(f"w{i}", rng.standard_normal((side, side), np.float32) / np.float32(side**0.5))
+        nodes.append(Node("MatMul", f"product{i}", inputs=[outputs[i], weights], outputs=[outputs[i + 1]]))
+        nodes.append(Node("Identity", f"same{i}", inputs=[outputs[i + 1]], outputs=[outputs[i + 2]]))
+    graph = Graph(nodes=nodes, inputs=outputs[:1], outputs=outputs[-1:], name="g")
+    graph.opset, graph.ir_version = 20, 10
     folder.mkdir()
-    onnx.save(proto, folder / "whole.onnx")
-    save_model(load_model(folder / "whole.onnx"), folder / "model.onnx", inline_below=1024)
-    (folder / "same.yaml").write_text(RECIPE.replace("PASSES", ""), encoding="utf-8")
-    (folder / "half.yaml").write_text(RECIPE.replace("PASSES", "convert-fp16,"), encoding="utf-8")
+    save_model(graph, folder / "model.onnx", inline_below=1024)
+    for name, (passes, target) in RECIPES.items():
+        text = RECIPE.replace("PASSES", passes).replace("TARGET", target)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     return folder / "model.onnx"
 
 
