@@ -190,7 +190,7 @@ def compile_model(job: Job, source: Path, folder: Path, limit: Limit | None, opt
 def measure(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     limit = find_limit(int(options.limit))
     if limit is None:
-        progress("no memory limit can be set here: neither a cgroup nor systemd-run")
+        progress("no memory limit: none was asked for, or neither cgroups nor systemd-run are here")
     for kind in options.sources:
         for dtype in dict.fromkeys(job.dtype for job in JOBS):
             jobs = [job for job in JOBS if job.dtype == dtype and (not options.only or job.name in options.only)]

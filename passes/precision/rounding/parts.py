@@ -14,7 +14,7 @@ import numpy as np
 from llmc.passes.graph import Array
 from llmc.passes.precision.rounding.grid import Grid, Levels
 
-PART = 1 << 20
+PART = 1 << 17
 """Values that are rounded at a time: their temporaries stay in the cache of a core."""
 
 Fit = Callable[[Array, Levels], Grid]
@@ -71,26 +71,35 @@ def _round_part(
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Round one part into its place in `made`; how many values are beyond the levels, and the sums of squares of what
     was moved and of all."""
-    moved_axis = np.moveaxis(values, axis, -1)
-    rows = np.ascontiguousarray(moved_axis, dtype=np.float32).reshape(-1, values.shape[axis])
+    by_rows = np.moveaxis(values.astype(np.float32), axis, -1)  # a view: memory stays in the weight's own order
+    rows = by_rows.reshape(-1, by_rows.shape[-1])
     if not np.isfinite(rows).all():
         raise ValueError("it has NaN or infinity")
     blocks, grid = levels.blocks(rows), fit(rows, levels)
-    exact = blocks / grid.scale[..., None]
+    scale, zero = grid.scale[..., None], grid.zero[..., None]
+    exact = blocks / scale
     np.rint(exact, out=exact)
     if not levels.symmetric:
-        exact += grid.zero[..., None]
+        exact += zero
     found = np.clip(exact, levels.low, levels.high)
     beyond = np.count_nonzero(found != exact)
-    moved = np.subtract(grid.values(found), blocks, out=exact)
+    moved = np.subtract(found, 0 if levels.symmetric else zero, out=exact)
+    moved *= scale
+    moved -= blocks
 
     def back(array: Array) -> Array:
-        return np.moveaxis(array.reshape(*moved_axis.shape[:-1], -1), -1, axis)
+        return np.moveaxis(array.reshape(*by_rows.shape[:-1], -1), -1, axis)
 
     made.integers[place] = back(found)
     scaled = tuple(_in_blocks(part, levels.block) if i == axis else part for i, part in enumerate(place))
     made.scale[scaled], made.zero[scaled] = back(grid.scale), back(grid.zero)
-    return np.array([beyond, np.vdot(moved, moved), np.vdot(rows, rows)], np.float64)
+    return np.array([beyond, _square(moved), _square(rows)], np.float64)
+
+
+def _square(values: Array) -> float:
+    """The sum of squares."""
+    flat = values.ravel(order="K")
+    return float(np.vdot(flat, flat))
 
 
 def _in_blocks(part: slice, block: int) -> slice:
