@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.compiler import compile as run_compile
 from llmc.compiler.loaders import load
 from llmc.compiler.session import Session
 from llmc.passes.graph import Array
@@ -87,3 +88,20 @@ def test_its_graph_predicts_as_well(tiny_llama: Path, model: Any, windows: tuple
     with torch.inference_mode():
         expected = bits_per_byte(lambda ids: model(torch.from_numpy(ids)).logits.numpy(), windows)
     assert found == pytest.approx(expected, rel=1e-5)  # logits of up to 20 differ by float32's rounding, 1e-6 of them
+
+
+@pytest.mark.slow
+def test_an_engine_for_prompts_and_for_decoding(tiny_llama: Path, tmp_path: Path) -> None:
+    """By the recipe of docs/language-models.md."""
+    text = (Path(__file__).parents[1] / "docs" / "language-models.md").read_text(encoding="utf-8")
+    recipe = tmp_path / "engine.yaml"
+    recipe.write_text(text.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    report = run_compile(str(tiny_llama), recipe, tmp_path / "engine")
+    target = report.target
+    assert target is not None
+    assert (tmp_path / "engine" / "model.engine").stat().st_size > 1e6
+    assert [profile["sequence"] for profile in target.profiles] == [(1, 64, 128), (1, 1, 1)]
+    assert target.facts["compute_capabilities"] == [80, 86, 89, 120]
+    assert (target.facts["attention_nodes"], target.facts["attention_nodes_decomposed"]) == (4, 0)
+    assert "past_length int64[]" in target.facts["inputs"]
+    assert target.facts["outputs"][1] == "present.0.key float16[batch, 2, 256, 32]"
