@@ -9,7 +9,7 @@ MINILM = $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('gt_
 WRITE = import pathlib, $(1) as source; pathlib.Path('$(2)').write_text(source.schema_text(), encoding='utf-8')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format typecheck check bench bench-memory schema picture constraints clean
+.PHONY: help install demo test test-all lint format typecheck check bench bench-decoding bench-memory schema picture constraints clean
 
 help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: $(INSTALLED) ## Compare with other optimizers and quantizers (MODELOPT=PY
 
 bench-memory: $(INSTALLED) ## Measure compiles of a model of 14 GB: memory, and time (an hour; 70 GB of disk)
 	$(BIN)/python tests/bench/memory.py --out build/bench-memory.json
+
+bench-decoding: $(INSTALLED) ## Tokens a second of a 0.5 B decoder on one core, beside the exporter's graph and transformers
+	$(BIN)/python tests/bench/decoding.py --out build/bench-decoding.json
 
 schema: $(INSTALLED) ## Write what is made from the code anew: the JSON Schemas, docs/passes.md
 	$(BIN)/python -c "$(call WRITE,llmc.compiler.recipe.schema,configs/recipe.schema.json)"
