@@ -9,7 +9,7 @@ MINILM = $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('gt_
 WRITE = import pathlib, $(1) as source; pathlib.Path('$(2)').write_text(source.schema_text(), encoding='utf-8')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format typecheck check bench bench-decoding bench-memory schema picture constraints clean
+.PHONY: help install demo test test-all lint format typecheck check bench bench-memory bench-decoding schema picture constraints clean
 
 help: ## Print these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
