@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-FEW = 1_000_000
+FEW = 300_000
 """Objects made since the last collection that are not worth another one."""
 _alive = 0
 """Objects that were left by the last collection here, roughly."""
