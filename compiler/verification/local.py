@@ -134,8 +134,8 @@ class LocalVerifier:
                 del values[name]
 
     def _capture(self, structure: Structure) -> None:
-        made = [name for node in structure.model.graph.node for name in node.output if name]
-        names = [name for name in made if name not in computed_weights(structure)]
+        weights = computed_weights(structure)
+        names = [name for node in structure.model.graph.node for name in node.output if name and name not in weights]
         session = Session(from_structure(structure), names)
         size = per_element = 0.0
         for sample in _most_telling(self.samples):
