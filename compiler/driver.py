@@ -79,7 +79,7 @@ def compile(  # noqa: A001 - the field's word for it, and the name of the public
 
 
 def _run(
-    plans: Sequence[Plan],
+    made: Sequence[Plan],
     output: Path,
     force: bool,
     stop_after_rewrite: int | None,
@@ -88,31 +88,31 @@ def _run(
     lock: Lock | None,
     progress: Progress,
 ) -> Report:
-    if len(plans) > 1 and any(isinstance(listener, PassDump) for listener in listeners):
+    if len(made) > 1 and any(isinstance(listener, PassDump) for listener in listeners):
         raise LlmcError(
             "--dump-passes is of one graph, and the model makes two: name one with --set model.half=encoder or decoder"
         )
-    started = time.perf_counter() - sum(made.seconds["load"] for made in plans)
-    recipe = asked_of(plans)
-    locked = {**about(plans), "recipe": recipe.document(lambda path: path.name)}
+    started = time.perf_counter() - sum(one.seconds["load"] for one in made)
+    recipe = asked_of(made)
+    locked = {**about(made), "recipe": recipe.document(lambda path: path.name)}
     if lock is not None:
         lock.check(locked)
-    linked = _make_room(plans, output, memory)
-    changed = [_change(made, output, stop_after_rewrite, listeners, memory, progress) for made in plans]
+    linked = _make_room(made, output, memory)
+    changed = [_change(one, output, stop_after_rewrite, listeners, memory, progress) for one in made]
     disk.check_room([last.graph for _, last in changed], output, linked)
     with artifact(output, force=force) as folder:
         reports = [
-            _emit(run, last, folder / (run.plan.loaded.half or "") if len(plans) > 1 else folder, linked)
+            _emit(run, last, folder / (run.plan.loaded.half or "") if len(made) > 1 else folder, linked)
             for run, last in changed
         ]
         report = _together(reports)
         report.timings.total = time.perf_counter() - started
         write(report, folder)
-        source = plans[-1].loaded
+        source = made[-1].loaded
         if source.task in GENERATING and source.tokenizer is not None:
             copy_tokenizer(source.tokenizer, folder)
         (folder / "recipe.yaml").write_text(recipe.resolved_yaml(), encoding="utf-8")
-        files = write_manifest(folder, about(plans), progress)
+        files = write_manifest(folder, about(made), progress)
         locked |= {"outputs": {name: digest for name, digest in files.items() if name not in NOT_LOCKED}}
         if lock is not None:
             lock.check(locked)
@@ -121,17 +121,17 @@ def _run(
     return report
 
 
-def _make_room(plans: Sequence[Plan], output: Path, memory: Memory) -> frozenset[Path]:
+def _make_room(made: Sequence[Plan], output: Path, memory: Memory) -> frozenset[Path]:
     """Have the disk hold the output, as far as is known before passes have run; the source's files to be linked.
 
     Raises LlmcError where it cannot, or these cannot.
     """
-    graphs, asked = [made.loaded.graph for made in plans], plans[0].recipe.target
-    linked = linkable(graphs, output, plans[0].target.kind) if asked.link_weights else frozenset()
+    graphs, asked = [one.loaded.graph for one in made], made[0].recipe.target
+    linked = linkable(graphs, output, made[0].target.kind) if asked.link_weights else frozenset()
     if asked.link_weights and not linked:
-        plans[0].warnings.append("no weight of the source stands in a file as ONNX takes it: nothing is linked")
+        made[0].warnings.append("no weight of the source stands in a file as ONNX takes it: nothing is linked")
     disk.check_least(graphs, output, linked)
-    engine = plans[0].target.kind in ("tensorrt", "tensorrt-rtx")  # of about the size of the model beside it
+    engine = made[0].target.kind in ("tensorrt", "tensorrt-rtx")  # of about the size of the model beside it
     memory.leave(sum(disk.bytes_to_write(graph, output, linked) for graph in graphs) * (1 + engine), output)
     return linked
 
@@ -199,7 +199,7 @@ def _verifier(made: Plan, loaded: pipeline.Step, memory: Memory, progress: Progr
 
     def reference(samples: Iterable[Feeds]) -> Iterable[Mapping[str, Array]]:
         progress("running the source model")
-        return map(source.reference, samples) if source.reference else Session(loaded.graph).run_each(samples)
+        return made.expected(samples)
 
     ran = source.digest if source.reference else ""
     about = (ran, source.task, loaded.end.digest, made.verification.digest, len(made.verification))

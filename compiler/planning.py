@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from llmc.compiler.profiles import (
 )
 from llmc.compiler.progress import Progress, quiet
 from llmc.compiler.recipe import Recipe
+from llmc.compiler.session import Session
 from llmc.compiler.targets import Profile, Target, resolve
 from llmc.passes.base import Pass
-from llmc.passes.graph import Graph, shape_of
+from llmc.passes.graph import Array, Graph, shape_of
 from llmc.passes.plugins import PluginPass
 
 _PATHS: Any = {"calibration": {"data", "statistics"}, "judge": {"data"}}
@@ -72,6 +73,11 @@ class Plan:
             "target": {"kind": self.target.kind, "versions": dict(self.target.versions)},
             "warnings": [*loaded.notes, *self.warnings],
         }
+
+    def expected(self, samples: Iterable[Mapping[str, Array]]) -> Iterator[Mapping[str, Array]]:
+        """For each sample the outputs of the source model; of the graph as loaded where the source cannot be run."""
+        source = self.loaded.reference
+        return map(source, samples) if source else Session(self.loaded.graph).run_each(samples)
 
     def statistics_of(self, step: Pass) -> Statistics | None:
         """Those that a pass of the recipe takes its clipping points from."""

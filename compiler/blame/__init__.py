@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 from llmc.compiler.artifact import artifact, check_place, write_manifest
@@ -94,9 +93,7 @@ class Investigation:
             raise LlmcError(f"recipe '{recipe.name}' has no budget to break: give --metric and its bound")
         self.metric = bounded[0]
         progress("running the source model")
-        source = plan.loaded.reference
-        reference = partial(map, source) if source else Session(plan.loaded.graph).run_each
-        verifier = Verifier(reference, plan.verification)
+        verifier = Verifier(plan.expected, plan.verification)
         self.replay = Replay(plan.loaded.graph, recipe.passes, self.plan.activations, self._begin)
         self.search = Search(self.replay, verifier, self.limits, progress)
 
