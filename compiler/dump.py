@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.pipeline import Step
-from llmc.passes.graph import Array, Weights, append_aligned, raw_values, refer, to_structure
+from llmc.passes.graph import Array, Weights, append_aligned, raw_blocks, refer, to_structure
 
 WEIGHTS = "weights.data"
 _OURS = re.compile(rf"\d{{2,}}-[a-z0-9-]+\.onnx|{re.escape(WEIGHTS)}")
@@ -54,7 +54,10 @@ class PassDump:
         known = self._regions.get(id(values))
         if known is not None and known[0]() is values:
             return known[1]
-        content = hashlib.sha256(raw_values(values, onnx_dtype)).digest()
+        sha = hashlib.sha256()
+        for block in raw_blocks(values, onnx_dtype):
+            sha.update(block)
+        content = sha.digest()
         if content not in self._by_content:
             with (self.folder / WEIGHTS).open("r+b") as file:
                 file.seek(0, os.SEEK_END)

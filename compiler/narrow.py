@@ -14,14 +14,13 @@ import onnx
 
 from llmc.passes.graph import (
     Constant,
-    Derived,
+    Elementwise,
     Graph,
     Node,
     Tensor,
     Variable,
     copy_graph,
     infer_shapes,
-    load_values,
     onnx_dtype,
     scopes,
     unlink,
@@ -62,9 +61,8 @@ def _carry(tensor: Tensor) -> None:
     if not isinstance(tensor, Constant):
         tensor.dtype = CARRIER
         return
-    held = tensor.copy()
     kind = onnx.TensorProto.FLOAT8E4M3FN
-    tensor.values = Derived(kind, tuple(tensor.shape), lambda: load_values(held).astype(np.float32).astype(CARRIER))
+    tensor.values = Elementwise(kind, tensor._values, lambda values: values.astype(np.float32).astype(CARRIER))
 
 
 class _Spelling:

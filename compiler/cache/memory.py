@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -22,7 +24,17 @@ from llmc.compiler.cache.scratch import Scratch
 from llmc.compiler.cache.store import Record, Store
 from llmc.compiler.disk import same_disk
 from llmc.compiler.report.statistics import count_operators, weights_by_dtype
-from llmc.passes.graph import Array, FileRegion, Graph, Structure, Weights, from_structure, raw_values, to_structure
+from llmc.passes.graph import (
+    Array,
+    FileRegion,
+    Graph,
+    Structure,
+    Weights,
+    from_structure,
+    raw_blocks,
+    stored_bytes,
+    to_structure,
+)
 
 T = TypeVar("T")
 _LOGGER = logging.getLogger("llmc.cache")
@@ -212,7 +224,7 @@ class Memory:
         def write(store: Store) -> State:
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
                 list(pool.map(self._origin, (structure.weights[name] for name in stays)))
-            weights = {name: self._reference(held, store.add) for name, held in structure.weights.items()}
+            weights = {name: self._reference(held, partial(_add, store)) for name, held in structure.weights.items()}
             model = store.add(_bytes(structure.model))
             return self._state(store, GraphRef(model, weights))
 
@@ -222,7 +234,7 @@ class Memory:
         """Of a graph, weights included, as `State.digest`; nothing is kept."""
         structure = to_structure(graph)
         weights = {name: self._reference(held, _sha256) for name, held in structure.weights.items()}
-        return GraphRef(_sha256(_bytes(structure.model)), weights).digest
+        return GraphRef(_sha256([_bytes(structure.model)]), weights).digest
 
     def find_state(self, kind: str, *parts: object, origins: Origins | None = None) -> FoundState | None:
         """The record that `keep_state` wrote, and its graph.
@@ -277,11 +289,12 @@ class Memory:
         self._known[id(held)] = (held, ref.sha256)
         self._origins[ref] = held
 
-    def _reference(self, held: Array | Weights, digest: Callable[[memoryview], str]) -> WeightRef:
-        """A weight by the digest that is known of it, or else by what `digest` gives for its bytes."""
+    def _reference(self, held: Array | Weights, digest: Callable[[Iterable[memoryview], int], str]) -> WeightRef:
+        """A weight by the digest that is known of it, or else by what `digest` gives for its bytes, so many."""
         dtype = int(onnx.helper.np_dtype_to_tensor_dtype(held.dtype))
         known = self._known.get(id(held))
-        return WeightRef(known[1] if known else digest(raw_values(held, dtype)), dtype, tuple(held.shape))
+        size = stored_bytes(dtype, prod(held.shape))
+        return WeightRef(known[1] if known else digest(raw_blocks(held, dtype), size), dtype, tuple(held.shape))
 
     def _write(self, work: Callable[[Store], T]) -> T | None:
         """Do what writes to the store; None where that cannot be done, which is said once: a compile needs no cache."""
@@ -295,8 +308,18 @@ class Memory:
             return None
 
 
-def _sha256(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _add(store: Store, blocks: Iterable[memoryview], size: int) -> str:
+    """Keep the bytes: those of one block only where they are not there yet."""
+    rest = iter(blocks)
+    first = next(rest)
+    return store.add(first) if len(first) == size else store.add_blocks(chain([first], rest), size)
+
+
+def _sha256(blocks: Iterable[bytes | memoryview], _size: int = 0) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _bytes(model: onnx.ModelProto) -> bytes:

@@ -19,7 +19,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,14 +122,19 @@ class Store:
     def add(self, data: bytes | memoryview) -> str:
         """Write bytes that are not there yet; returns their digest. Raises OSError."""
         digest = hashlib.sha256(data).hexdigest()
-        if self.has(digest):
-            return digest
-        self._make_room(len(data))
+        return digest if self.has(digest) else self.add_blocks([data], len(data))
+
+    def add_blocks(self, blocks: Iterable[bytes | memoryview], size: int) -> str:
+        """Write the `size` bytes that these are in all, as they come; returns their digest. Raises OSError."""
+        self._make_room(size)
+        sha = hashlib.sha256()
         with self._temporary() as file:
-            file.write(data)
+            for block in blocks:
+                sha.update(block)
+                file.write(block)
             file.close()
-            self.written += len(data)
-            return self._settle(Path(file.name), digest)
+            self.written += size
+            return self._settle(Path(file.name), sha.hexdigest())
 
     def add_file(self, path: Path) -> str:
         """Take in a copy of a file; returns its digest. The disk shares the bytes where it can. Raises OSError."""

@@ -31,6 +31,7 @@ from llmc.passes.graph.functions import specs as specs
 from llmc.passes.graph.inference import infer_missing_shapes as infer_missing_shapes
 from llmc.passes.graph.inference import infer_shapes as infer_shapes
 from llmc.passes.graph.onnx_export import digest as digest
+from llmc.passes.graph.onnx_export import raw_blocks as raw_blocks
 from llmc.passes.graph.onnx_export import raw_values as raw_values
 from llmc.passes.graph.onnx_export import refer as refer
 from llmc.passes.graph.onnx_export import to_model as to_model
@@ -54,6 +55,7 @@ from llmc.passes.graph.tensors import SMALL as SMALL
 from llmc.passes.graph.tensors import Array as Array
 from llmc.passes.graph.tensors import Constant as Constant
 from llmc.passes.graph.tensors import Derived as Derived
+from llmc.passes.graph.tensors import Elementwise as Elementwise
 from llmc.passes.graph.tensors import FileRegion as FileRegion
 from llmc.passes.graph.tensors import Graph as Graph
 from llmc.passes.graph.tensors import Node as Node
@@ -63,6 +65,7 @@ from llmc.passes.graph.tensors import Tensor as Tensor
 from llmc.passes.graph.tensors import Variable as Variable
 from llmc.passes.graph.tensors import Weights as Weights
 from llmc.passes.graph.tensors import beginning as beginning
+from llmc.passes.graph.tensors import blocks_of as blocks_of
 from llmc.passes.graph.tensors import dtype_name as dtype_name
 from llmc.passes.graph.tensors import extra_attributes as extra_attributes
 from llmc.passes.graph.tensors import loaded as loaded

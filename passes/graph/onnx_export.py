@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from math import prod
 
 import numpy as np
@@ -24,6 +25,7 @@ from llmc.passes.graph.tensors import (
     Structure,
     Tensor,
     Weights,
+    blocks_of,
     loaded,
     onnx_dtype,
     pack_four_bit,
@@ -57,6 +59,15 @@ def raw_values(values: Array | Weights, onnx_dtype: int) -> memoryview:
     if onnx_dtype in FOUR_BIT:
         return pack_four_bit(array).data
     return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+
+
+def raw_blocks(values: Array | Weights, onnx_dtype: int) -> Iterator[memoryview]:
+    """`raw_values` piece by piece: of a large weight no more need be computed, or copied, at a time."""
+    if onnx_dtype in FOUR_BIT:
+        yield raw_values(values, onnx_dtype)
+        return
+    for block in blocks_of(values):
+        yield raw_values(block, onnx_dtype)
 
 
 def _export_graph(
@@ -168,5 +179,6 @@ def digest(graph: Graph) -> str:
     for name in sorted(structure.weights):
         values = structure.weights[name]
         sha.update(name.encode())
-        sha.update(raw_values(values, onnx.helper.np_dtype_to_tensor_dtype(values.dtype)))
+        for block in raw_blocks(values, onnx.helper.np_dtype_to_tensor_dtype(values.dtype)):
+            sha.update(block)
     return sha.hexdigest()

@@ -14,7 +14,7 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 from llmc.passes.graph.edit import constant_bytes, constants
 from llmc.passes.graph.file_copy import Wrote, append_bytes, append_region, link, nobody
-from llmc.passes.graph.onnx_export import raw_values, refer, to_structure
+from llmc.passes.graph.onnx_export import raw_blocks, refer, to_structure
 from llmc.passes.graph.tensors import SMALL, Array, FileRegion, Graph, Structure, Weights
 
 EXTERNAL_FROM = 256 << 20
@@ -102,7 +102,8 @@ def _append(file: IO[bytes], values: Array | Weights, onnx_dtype: int, wrote: Wr
         values.check()
         append_region(file, region, values.nbytes, wrote)
     else:
-        append_bytes(file, raw_values(values, onnx_dtype), wrote)
+        for block in raw_blocks(values, onnx_dtype):
+            append_bytes(file, block, wrote)
 
 
 @contextmanager

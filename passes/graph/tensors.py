@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
@@ -27,6 +27,8 @@ SMALL = 1024
 """Bytes. Smaller constants always stand inside the graph proto; larger ones may stay in a file."""
 BEGINNING = 1024
 """Values of a weight that are compared with another's before all are."""
+BLOCK = 16 << 20
+"""Bytes of a large weight that are worked on at a time, where they can be."""
 FOUR_BIT = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
 
 
@@ -50,7 +52,7 @@ class Weights:
     @cached_property
     def beginning(self) -> bytes:
         """Of the values: tells most weights apart, and is read, or computed, once."""
-        return beginning(self.load())
+        return beginning(next(self.blocks()))
 
     def check(self) -> None:
         """See that the bytes are still those that they were, where that can be told; `load` does it by itself."""
@@ -69,6 +71,25 @@ class Weights:
         if self.onnx_dtype in FOUR_BIT:
             return unpack_four_bit(raw, self.dtype, self.shape)
         return raw.view(self.dtype).reshape(self.shape)
+
+    def blocks(self) -> Iterator[Array]:
+        """The values from first to last in arrays of some `BLOCK` bytes: rows, that is what the first axis numbers."""
+        return in_blocks(self.load())
+
+
+def in_blocks(values: Array) -> Iterator[Array]:
+    """Views of an array, row by row, of `BLOCK` bytes or a single row each; the whole where it is no larger."""
+    if values.nbytes <= BLOCK or not values.ndim:
+        yield values
+        return
+    rows = max(1, BLOCK * len(values) // values.nbytes)
+    for begin in range(0, len(values), rows):
+        yield values[begin : begin + rows]
+
+
+def blocks_of(held: Array | Weights) -> Iterator[Array]:
+    """`Weights.blocks` of values, wherever they are held."""
+    return held.blocks() if isinstance(held, Weights) else in_blocks(held)
 
 
 def beginning(held: Array | Weights) -> bytes:
@@ -93,6 +114,32 @@ class Derived(Weights):
 
     def load(self) -> Array:
         return self.make()
+
+
+class Elementwise(Derived):
+    """Values that are each made from the one at its place in `source`: made block by block, and written so.
+
+    `change` gives for rows of the source an array of their shape and of this type.
+    """
+
+    def __init__(self, onnx_dtype: int, source: Array | Weights, change: Callable[[Array], Array]) -> None:
+        super().__init__(onnx_dtype, tuple(source.shape), self._whole)
+        self._source, self._change = source, change
+
+    def blocks(self) -> Iterator[Array]:
+        return map(self._change, blocks_of(self._source))
+
+    def _whole(self) -> Array:
+        made = self.blocks()
+        first = next(made)
+        if first.shape == self.shape:
+            return first
+        whole, begin = np.empty(self.shape, self.dtype), len(first)
+        whole[:begin] = first
+        for block in made:
+            whole[begin : begin + len(block)] = block
+            begin += len(block)
+        return whole
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from llmc.passes.graph import (
     DOMAIN,
     Array,
     Constant,
-    Derived,
+    Elementwise,
     Node,
     Tensor,
     constant_bytes,
@@ -188,17 +188,14 @@ def magnitude(values: Array) -> float:
 
 def as_half(constant: Constant, name: str, half: Half, floor: float) -> Constant:
     """The constant in `half`, finite values below `floor` or above the largest brought there; infinities stay."""
-    held = Constant(constant.name, constant._values)  # as it is now: another pass may change the tensor
 
-    def make() -> Array:
-        values = load_values(held)
+    def change(values: Array) -> Array:
         if values.size and (np.min(values) < floor or np.max(values) > half.largest):
             values = np.where(np.isinf(values), values, np.clip(values, floor, half.largest))
         return np.asarray(values).astype(half.numpy)
 
-    if constant_bytes(constant) < KEPT_FROM:
-        return Constant(name, make())
-    return Constant(name, Derived(half.dtype, tuple(constant.shape), make))
+    changed = Elementwise(half.dtype, constant._values, change)
+    return Constant(name, changed.load() if constant_bytes(constant) < KEPT_FROM else changed)
 
 
 def _finite(values: Array) -> Array:

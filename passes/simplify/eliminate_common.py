@@ -22,6 +22,7 @@ from llmc.passes.graph import (
     module_of,
     onnx_dtype,
     outputs_of_scopes,
+    raw_blocks,
     raw_values,
     remove_nodes,
     replace_uses,
@@ -78,7 +79,10 @@ def _groups(constants: Iterable[Constant], key: Callable[[Constant], Hashable]) 
 
 
 def _digest(constant: Constant) -> bytes:
-    return hashlib.blake2b(raw_values(constant._values, onnx_dtype(constant))).digest()
+    hasher = hashlib.blake2b()
+    for block in raw_blocks(constant._values, onnx_dtype(constant)):
+        hasher.update(block)
+    return hasher.digest()
 
 
 class _Scope:

@@ -58,6 +58,15 @@ def test_equal_bytes_are_kept_once(store: Store, tmp_path: Path) -> None:
     assert len(files(store, "blobs")) == 1
 
 
+def test_blocks_are_kept_as_one(store: Store) -> None:
+    whole = bytes(range(250))
+    digest = store.add_blocks((whole[i : i + 100] for i in range(0, 250, 100)), len(whole))
+    assert digest == hashlib.sha256(whole).hexdigest() == store.add(whole)
+    assert store.blob(digest).read_bytes() == whole
+    with pytest.raises(FullError):
+        store.add_blocks(iter([b""]), store.limit)
+
+
 def test_any_byte_of_a_record_that_changes_is_noticed(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     store.keep("pass", KEY, {"a": 1})
     (path,) = files(store, "records")
