@@ -30,9 +30,26 @@ def digests_of(files: Mapping[str, Path], phase: str, progress: Progress = quiet
     return {name: sha256(files[name], partial(told, name)) for name in sorted(files)}
 
 
-def digest_files(files: Mapping[str, Path], progress: Progress = quiet) -> str:
-    """SHA-256 of a file, or for several the SHA-256 of the lines that `sha256sum` prints for them, sorted by name."""
-    digests = digests_of(files, "reading the model's files", progress)
-    if len(digests) == 1:
-        return next(iter(digests.values()))
-    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in digests.items()).encode()).hexdigest()
+class SourceFiles:
+    """The files of a source, each of which is read once, however often it is asked for."""
+
+    def __init__(self, progress: Progress = quiet) -> None:
+        self.digests: dict[Path, str] = {}
+        """Resolved path → SHA-256, of those that were asked for."""
+        self._progress = progress
+
+    def digest(self, files: Mapping[str, Path]) -> str:
+        """SHA-256 of a file, or of the lines that `sha256sum` prints for several, sorted by name."""
+        unread = {name: path for name, path in files.items() if path.resolve() not in self.digests}
+        if unread:
+            found = digests_of(unread, "reading the model's files", self._progress)
+            self.digests |= {unread[name].resolve(): digest for name, digest in found.items()}
+        known = {name: self.digests[files[name].resolve()] for name in sorted(files)}
+        if len(known) == 1:
+            return next(iter(known.values()))
+        return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in known.items()).encode()).hexdigest()
+
+
+def digest_files(files: Mapping[str, Path]) -> str:
+    """As `SourceFiles.digest`, of files that are read once only."""
+    return SourceFiles().digest(files)

@@ -145,7 +145,7 @@ def _change(
     progress: Progress,
 ) -> tuple[Run, pipeline.Step]:
     """Run and verify the passes of one graph; what was found out, and the last step."""
-    loaded = pipeline.loaded(made.loaded.graph, memory, on_disk=made.loaded.kind == "onnx")
+    loaded = pipeline.loaded(made.loaded.graph, memory, on_disk=made.loaded.kind == "onnx", files=made.loaded.files)
     verifier = _verifier(made, loaded, memory, progress)
     judge = Judge(made.recipe.verify, verifier, len(made.recipe.passes), memory)
     run = Run(made, judge, loaded, output, progress, listeners, stop_after_rewrite, memory)

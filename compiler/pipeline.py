@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
 
 import onnx
 
@@ -67,14 +69,17 @@ class PassCrash(Exception):  # noqa: N818 - the field's word
         """The step as far as it came: its graph is still the one before."""
 
 
-def loaded(graph: Graph, memory: Memory = NOTHING, *, on_disk: bool = False) -> Step:
+def loaded(
+    graph: Graph, memory: Memory = NOTHING, *, on_disk: bool = False, files: Mapping[Path, str] = MappingProxyType({})
+) -> Step:
     """Step 0: nothing has run yet. Raises PassError where the loader left an invalid graph.
 
-    `on_disk` says that the weights are in the user's own file, and need no second place in the cache.
+    `on_disk` says that the weights are in the user's own files, and need no second place in the cache; `files` are
+    these with the digests that are known of them.
     """
     check_graph(graph, "the loader")
     structure = to_structure(graph)
-    state = memory.state(structure, stays=structure.weights if on_disk else ())
+    state = memory.state(structure, stays=structure.weights if on_disk else (), files=files)
     return Step(0, "load", state, state)
 
 

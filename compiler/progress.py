@@ -19,10 +19,10 @@ def quiet(_phase: str) -> None:
 
 
 class Counted:
-    """A phase whose size is known: called with what is worked on and the bytes of it just done, it tells the rest."""
+    """A phase in bytes: called with what is worked on and the bytes of it just done, it tells how far it has come."""
 
-    def __init__(self, progress: Progress, phase: str, total: int, pieces: int, noun: str) -> None:
-        """`total` bytes in so many `pieces`; `noun` is what one of them is called ('weight')."""
+    def __init__(self, progress: Progress, phase: str, total: int | None, pieces: int | None, noun: str) -> None:
+        """`total` bytes in so many `pieces`, None where nobody knows; `noun` is what one is called ('weight')."""
         self.progress, self.phase, self.total, self.pieces, self.noun = progress, phase, total, pieces, noun
         self.done = self.reached = 0
         self._piece: str | None = None
@@ -41,6 +41,8 @@ class Counted:
     def _text(self, spent: float) -> str:
         from llmc.compiler.report.text import scaled, seconds
 
+        if self.total is None or self.pieces is None:
+            return f"{self.phase}: {scaled(self.done, 'B')}, {self.reached:,} {self.noun}s"
         left = spent / self.done * max(self.total - self.done, 0) if self.done else None
         place = f"{self.noun} {self.reached:,} of {self.pieces:,}"
         text = f"{self.phase}: {scaled(self.done, 'B')} of {scaled(self.total, 'B')}, {place}"

@@ -35,8 +35,10 @@ def run_passes(run: Run, loaded: pipeline.Step) -> pipeline.Step:
     ledger = Ledger(run.stop_after_rewrite)
     step = loaded
     for index, step_pass in enumerate(passes, start=1):
-        run.progress(f"pass {index} of {len(passes)}: {step_pass.key()}")
-        step = _run_pass(run, step.end, index, step_pass, ledger)
+        phase = f"pass {index} of {len(passes)}: {step_pass.key()}"
+        run.progress(phase)
+        with run.memory.telling(run.progress, phase):
+            step = _run_pass(run, step.end, index, step_pass, ledger)
     return step
 
 

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from itertools import chain
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, TypeVar
 
 import onnx
@@ -23,6 +24,7 @@ from llmc.compiler.cache.keys import key_of
 from llmc.compiler.cache.scratch import Scratch
 from llmc.compiler.cache.store import Record, Store
 from llmc.compiler.disk import same_disk
+from llmc.compiler.progress import Counted, Progress, quiet
 from llmc.compiler.report.statistics import count_operators, weights_by_dtype
 from llmc.passes.graph import (
     Array,
@@ -45,6 +47,7 @@ class WeightRef:
     """One large weight: its bytes by their digest, and how they are read."""
 
     sha256: str
+    """Of the bytes; of a weight in a file of the user's, whose digest is known, of that and of its place there."""
     dtype: int
     """ONNX element type."""
     shape: tuple[int, ...]
@@ -170,12 +173,24 @@ class Memory:
 
     def __init__(self, store: Store | None = None) -> None:
         self.store = store
+        self._progress: Progress = quiet
+        self._phase = ""
+        self._made: Counted | None = None
         self._scratch = Scratch()
         self._full = store is None
         self._known: dict[int, tuple[Array | Weights, str]] = {}
         """id of weights → they (so that the id stays theirs) and the digest of their bytes."""
         self._origins: dict[WeightRef, Array | Weights] = {}
         """Weights that stand in the user's own file, which are not kept a second time."""
+
+    @contextmanager
+    def telling(self, progress: Progress, phase: str) -> Iterator[None]:
+        """Inside, `progress` hears how many bytes of what `phase` makes have been kept."""
+        self._progress, self._phase, self._made = progress, phase, None
+        try:
+            yield
+        finally:
+            self._progress, self._phase, self._made = quiet, "", None
 
     # Results
 
@@ -210,6 +225,8 @@ class Memory:
         Implements `passes.base.Storage`. Raises LlmcError where the disk is full.
         """
         digest = self._write(lambda store: store.add(raw))
+        self._made = self._made or Counted(self._progress, self._phase, None, None, "weight")
+        self._made(f"{self._made.reached + 1}", len(raw))
         if digest is None or self.store is None:
             return Weights(dtype, shape, self._scratch.add(raw))
         held = KeptWeights(self.store, WeightRef(digest, dtype, shape))
@@ -218,17 +235,34 @@ class Memory:
 
     # Graphs
 
-    def state(self, structure: Structure, *, stays: Collection[str] = ()) -> State:
-        """A graph that has just been made, kept where that can be; those weights of it are in the user's file."""
+    def state(
+        self, structure: Structure, *, stays: Collection[str] = (), files: Mapping[Path, str] = MappingProxyType({})
+    ) -> State:
+        """A graph that has just been made, kept where that can be; the weights `stays` are in the user's own files.
+
+        `files` are those of them whose digests are known: a weight that stands in one is named by it, and not read.
+        """
 
         def write(store: Store) -> State:
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                list(pool.map(self._origin, (structure.weights[name] for name in stays)))
-            weights = {name: self._reference(held, partial(_add, store)) for name, held in structure.weights.items()}
+                list(pool.map(lambda name: self._origin(structure.weights[name], files), stays))
+            told = self._keeping(structure)
+            weights = {}
+            for name, held in structure.weights.items():
+                known = id(held) in self._known
+                weights[name] = self._reference(held, partial(_add, store))
+                if not known:
+                    told(name, held.nbytes)
             model = store.add(_bytes(structure.model))
             return self._state(store, GraphRef(model, weights))
 
         return self._write(write) or State(lambda: structure)
+
+    def _keeping(self, structure: Structure) -> Counted:
+        """Counts the weights that are not kept yet."""
+        sizes = [held.nbytes for held in structure.weights.values() if id(held) not in self._known]
+        phase = f"{self._phase}: keeping its weights" if sizes else self._phase
+        return Counted(self._progress, phase, sum(sizes), len(sizes), "weight")
 
     def digest(self, graph: Graph) -> str:
         """Of a graph, weights included, as `State.digest`; nothing is kept."""
@@ -279,10 +313,17 @@ class Memory:
             self._known[id(held)] = (held, ref.sha256)
         return held
 
-    def _origin(self, held: Array | Weights) -> None:
-        """Remember a weight that stands in the user's own file by its digest."""
+    def _origin(self, held: Array | Weights, files: Mapping[Path, str]) -> None:
+        """Remember a weight that stands in the user's own file."""
         if id(held) not in self._known:
-            self._stays(self._reference(held, _sha256), held)
+            place = held.origin() if isinstance(held, Weights) else None
+            file = files.get(place[0].path.resolve()) if place is not None else None
+            if place is None or file is None:
+                self._stays(self._reference(held, _sha256), held)
+                return
+            dtype = int(onnx.helper.np_dtype_to_tensor_dtype(held.dtype))
+            name = _sha256([f"{file} {place[0].offset} {held.nbytes} {place[1]}".encode()])
+            self._stays(WeightRef(name, dtype, tuple(held.shape)), held)
 
     def _stays(self, ref: WeightRef, held: Array | Weights) -> None:
         """What is read where a graph has this weight."""

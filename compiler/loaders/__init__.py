@@ -38,6 +38,8 @@ class Loaded:
     """Folder or file name, without its path; or the name on the hub."""
     digest: str
     """SHA-256 over the source's files."""
+    files: Mapping[Path, str] = field(default_factory=dict)
+    """Each of these, and others that weights may stand in → its SHA-256."""
     task: str | None = None
     exporter: str = ""
     """How the graph came about ('torch.onnx dynamo, opset 23, sdpa'); '' for an ONNX file."""

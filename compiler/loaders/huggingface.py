@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.cache.keys import code_digest, environment
 from llmc.compiler.cache.memory import NOTHING, Memory, WeightRef
-from llmc.compiler.digest import digest_files
+from llmc.compiler.digest import SourceFiles
 from llmc.compiler.errors import LlmcError, TwoGraphsError
 from llmc.compiler.generation.decoder import LONGEST
 from llmc.compiler.loaders import HALVES, Cache, Feeds, Half, Loaded
@@ -68,23 +68,25 @@ def load_huggingface(
     head = read_head(folder) if task == SENTENCE_EMBEDDING else None
     _require_torch(folder)
     model = _TorchModel(checkpoint, task, head, cache, half, trust_remote_code, progress)
-    wanted = (task, opset, cache, half)
+    wanted, read = (task, opset, cache, half), SourceFiles(progress)
     remembered = _Exports(
         NOTHING if trust_remote_code else memory,  # code from elsewhere is in no key
         folder,
         checkpoint.folder,
         wanted,
+        read,
     )
     tokenizer = next((place for place in (folder, checkpoint.folder) if (place / "tokenizer.json").is_file()), None)
     settings = [checkpoint.folder / "config.json", *(head.files if head else ())]
     files = [*settings, *checkpoint.weights, *([tokenizer / "tokenizer.json"] if tokenizer else [])]
     named = {file.relative_to(folder).as_posix(): file for file in files}
-    about, graph, cached = remembered.recall(lambda: _export(model, opset, named))
+    about, graph, cached = remembered.recall(lambda: _export(model, opset, named, read))
     return Loaded(
         graph=graph,
         kind="huggingface",
         name=folder.resolve().name,
         digest=about["digest"],
+        files=read.digests,
         task=task,
         half=half,
         elsewhere=DIMENSIONS if half is not None else frozenset(),
@@ -170,7 +172,9 @@ class _TorchModel:
         return run_torch(self.loaded[0], self.signature, feeds)
 
 
-def _export(source: _TorchModel, opset: int | None, files: Mapping[str, Path]) -> tuple[dict[str, Any], Graph]:
+def _export(
+    source: _TorchModel, opset: int | None, files: Mapping[str, Path], read: SourceFiles
+) -> tuple[dict[str, Any], Graph]:
     """What is known of the model, and its graph."""
     from llmc.compiler.loaders.torch_export import export
 
@@ -187,7 +191,7 @@ def _export(source: _TorchModel, opset: int | None, files: Mapping[str, Path]) -
     if signature.longest is not None:
         exported.graph.metadata[LONGEST] = str(signature.longest)
     about = {
-        "digest": digest_files(files, source.progress),
+        "digest": read.digest(files),
         "exporter": f"torch.onnx dynamo, {exported.rung}",
         "limits": signature.limits,
         "least": signature.least,
@@ -206,6 +210,7 @@ class _Exports:
     weights: Path
     """The folder of the weights' files."""
     wanted: tuple[object, ...]
+    read: SourceFiles
 
     def recall(self, make: Callable[[], tuple[dict[str, Any], Graph]]) -> tuple[Mapping[str, Any], Graph, bool]:
         """What `make` gives, or gave before; and whether that was before."""
@@ -214,14 +219,14 @@ class _Exports:
         patterns = (*SETTINGS, "*.safetensors")
         files = {file.relative_to(self.folder).as_posix(): file for p in patterns for file in self.folder.rglob(p)}
         code = code_digest("llmc.compiler.loaders.torch_export"), code_digest(__name__)
-        parts = (digest_files(files), self.wanted, code, environment("huggingface"))
+        parts = (self.read.digest(files), self.wanted, code, environment("huggingface"))
         found = self.memory.find_state("load", *parts, origins=self._placed)
         if found is not None:
             return found[0]["about"], found[1].graph, True
         about, graph = make()
         structure = to_structure(graph)
         placed = {name: held for name, held in structure.weights.items() if isinstance(held, PlacedWeights)}
-        state = self.memory.state(structure, stays=placed)
+        state = self.memory.state(structure, stays=placed, files=self.read.digests)
         places = {name: asdict(held.place) for name, held in placed.items()}
         self.memory.keep_state("load", parts, {"about": about, "places": places}, state)
         return about, state.graph, False

@@ -38,6 +38,11 @@ class PlacedWeights(Derived):
         """Where its bytes stand; None where they stand there transposed."""
         return None if self.place.transposed else self._stored.region()
 
+    def origin(self) -> tuple[FileRegion, str] | None:
+        """As `Weights.origin`, transposed ones too."""
+        region = self._stored.region()
+        return None if region is None else (region, "transposed" if self.place.transposed else "")
+
 
 class MappedFiles:
     """The files of a folder that are mapped into this process, as far as nothing was written over them in memory."""

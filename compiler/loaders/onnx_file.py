@@ -8,7 +8,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from llmc.compiler.data import index_bounds
-from llmc.compiler.digest import digest_files
+from llmc.compiler.digest import SourceFiles
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import Loaded
 from llmc.compiler.loaders.images import configuration
@@ -41,7 +41,7 @@ def load_onnx(path: Path, *, task: str | None = None, opset: int | None = None, 
     except KeyError as error:  # onnx's table of element types
         raise LlmcError(f"{path}: element type {error} is not one that onnx {onnx.__version__} knows") from error
     _forget_negative_sizes(graph)
-    files = {path.name: path}
+    files, read = {path.name: path}, SourceFiles(progress)
     for constant in constants(graph):
         if isinstance(constant._values, Weights) and isinstance(constant._values.source, FileRegion):
             data = constant._values.source.path
@@ -50,7 +50,8 @@ def load_onnx(path: Path, *, task: str | None = None, opset: int | None = None, 
         graph=graph,
         kind="onnx",
         name=path.name,
-        digest=digest_files(files, progress),
+        digest=read.digest(files),
+        files=read.digests,
         task=task,
         vocabulary=index_bounds(graph).get("input_ids"),
         tokenizer=path.parent if (path.parent / "tokenizer.json").is_file() else None,

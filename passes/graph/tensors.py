@@ -49,6 +49,11 @@ class Weights:
         """Where the bytes stand in a file just as ONNX stores them; None where they are in memory, or made anew."""
         return self.source if isinstance(self.source, FileRegion) and self.nbytes else None
 
+    def origin(self) -> tuple[FileRegion, str] | None:
+        """The bytes in a file that the values follow from, and how; None where they follow from others."""
+        region = self.region()
+        return None if region is None else (region, "")
+
     @cached_property
     def beginning(self) -> bytes:
         """Of the values: tells most weights apart, and is read, or computed, once."""

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from llmc.compiler import pipeline
-from llmc.compiler.cache.memory import KeptWeights, Memory
+from llmc.compiler.cache.memory import KeptWeights, Memory, State
 from llmc.compiler.cache.scratch import ScratchRegion
 from llmc.compiler.cache.store import Store
 from llmc.compiler.spill import spilling_to
 from llmc.passes.base import Ledger
-from llmc.passes.graph import Constant, Graph, Weights, load_values, save_model, to_structure
+from llmc.passes.graph import Constant, Derived, Graph, Structure, Weights, load_values, save_model, to_structure
 from llmc.passes.graph import load_model as read
 from llmc.passes.precision.quantize_weights import QuantizeWeights
 
@@ -94,3 +95,36 @@ def test_weights_in_the_user_s_file_are_referred_to(parse: Any, tmp_path: Path, 
     assert value["weight"] == "w"
     (constant,) = (t for t in state.graph.nodes[0].inputs if isinstance(t, Constant))
     np.testing.assert_array_equal(load_values(constant), load_values(product(parse).nodes[0].inputs[1]))
+
+
+def test_a_weight_is_named_by_its_file_and_place_without_being_read(
+    parse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    save_model(product(parse), tmp_path / "model.onnx", inline_below=1024)
+    store = Store(tmp_path / "cache", 1 << 30)
+    store.open()
+    request.addfinalizer(store.close)
+    data = (tmp_path / "model.onnx.data").resolve()
+
+    def state(digest: str) -> State:
+        structure = to_structure(read(tmp_path / "model.onnx"))
+        return Memory(store).state(structure, stays=["w"], files={data: digest})
+
+    monkeypatch.setattr(Weights, "load", lambda _: pytest.fail("it was read"))
+    assert state("one").digest == state("one").digest
+    assert state("one").digest != state("another").digest
+
+
+def test_says_how_many_bytes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Memory) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    said: list[str] = []
+    values = np.ones((1024, 1024), np.float32)
+    made = Derived(1, values.shape, lambda: values)
+    with spilling_to(tmp_path), memory.telling(said.append, "pass 3"):
+        memory.hold(1, values.shape, memoryview(values).cast("B"))
+        memory.hold(1, values.shape, memoryview(values).cast("B"))
+        memory.state(Structure(onnx.ModelProto(), {"w": made}))
+    assert said[:3] == ["pass 3", "pass 3: 4.19 MB, 1 weights", "pass 3: 8.39 MB, 2 weights"]
+    kept = memory.store is not None and memory.store.limit > 1 << 20
+    assert (said[-1] == "pass 3: keeping its weights: 4.19 MB of 4.19 MB, weight 1 of 1, 0 s left") is kept

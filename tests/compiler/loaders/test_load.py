@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx.parser
 import pytest
 
-from llmc.compiler.digest import digest_files
+from llmc.compiler.digest import SourceFiles, digest_files
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import HUB_ID, load
 
@@ -105,6 +105,21 @@ def test_digest_of_several_files_is_that_of_sha256sum(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name * 3)
     lines = subprocess.run(["sha256sum", "a", "b"], cwd=tmp_path, capture_output=True, check=True).stdout
     assert digest_files({name: tmp_path / name for name in ("b", "a")}) == hashlib.sha256(lines).hexdigest()
+
+
+def test_a_file_of_a_source_is_read_once(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).write_text(name * 3)
+    said: list[str] = []
+    read = SourceFiles(said.append)
+    both = {name: tmp_path / name for name in ("b", "a")}
+    first = read.digest(both)
+    for path in both.values():
+        path.write_text("something else")
+    assert said == ["reading the model's files"]
+    assert read.digest(both) == first
+    assert read.digest({"b": tmp_path / "b"}) == hashlib.sha256(b"bbb").hexdigest()
+    assert said == ["reading the model's files"]
 
 
 def test_onnx_needs_neither_torch_nor_transformers(model: Path) -> None:
