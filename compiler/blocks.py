@@ -80,6 +80,11 @@ class Blocks:
             most = max(sum(value.nbytes for value in values) for values in made)
             size = max(1, min(GROUP, GROUP_BYTES // max(most, 1)))
 
+    def _needed(self, wanted: Collection[str]) -> int:
+        """How many blocks there are up to the last that makes something wanted."""
+        made = ({*block.body.outputs, *(block.fixed.outputs if block.fixed else ())} for block in self.blocks)
+        return max((number for number, names in enumerate(made, 1) if not names.isdisjoint(wanted)), default=0)
+
     def _run_group(self, group: Sequence[Feeds], outputs: Sequence[str]) -> list[list[Array]]:
         import onnxruntime as ort
 
@@ -91,7 +96,7 @@ class Blocks:
         ]
         for feeds, places in zip(group, kept, strict=True):
             places |= {name: spill.put(feeds[name]) for name in wanted & feeds.keys()}
-        for block in self.blocks:
+        for block in self.blocks[: self._needed(wanted)]:
             fixed = block.fixed.ready()({}) if block.fixed else {}
             run = block.body.ready()
             for here, places in zip(values, kept, strict=True):

@@ -21,8 +21,26 @@ from llmc.passes.graph import (
     outputs_of_scopes,
     unlink,
 )
+from llmc.passes.precision.in_parts import on_every_core, row_slices
 from llmc.passes.precision.levels import Levels
 from llmc.passes.precision.products import Product, Reader
+
+
+def channel_scales(product: Product, levels: Levels) -> Array:
+    """A scale for each output channel of a product's weight. Raises LlmcError for a weight that is not finite."""
+    values = cast("Reader", product.read)()
+    others = tuple(i for i in range(values.ndim) if i != product.axis)
+
+    def reach(rows: slice) -> Array:
+        found: Array = np.abs(values[rows]).max(axis=others, initial=0)
+        return found
+
+    parts = on_every_core(reach, row_slices(values.shape))
+    amax = np.concatenate(parts) if product.axis == 0 else np.maximum.reduce(parts)
+    if not np.isfinite(amax).all():
+        weight = cast("Tensor", product.weight)
+        raise LlmcError(f"weight '{weight.name}' of {product.node.name} has NaN or infinity: it cannot be quantized")
+    return levels.scales(amax, product.dtype)
 
 
 class Inserter:
@@ -67,18 +85,11 @@ class Inserter:
     def _weight(self, product: Product) -> Variable:
         weight, axis = cast("Tensor", product.weight), product.axis
         if (id(weight), axis) not in self.made:
-            read = cast("Reader", product.read)
-            values = read()
-            others = tuple(i for i in range(values.ndim) if i != axis)
-            amax = np.abs(values).max(axis=others, initial=0)
-            if not np.isfinite(amax).all():
-                raise LlmcError(
-                    f"weight '{weight.name}' of {product.node.name} has NaN or infinity: it cannot be quantized"
-                )
-            scale = self.levels.scales(amax, product.dtype)
+            read, scale = cast("Reader", product.read), channel_scales(product, self.levels)
             self.scales.count(scale)
-            spread = np.expand_dims(scale, others)
-            stored = Derived(self.levels.dtype, values.shape, lambda: self.levels.quantize(read(), spread))
+            shape = tuple(weight.shape) if weight.shape is not None else read().shape
+            spread = np.expand_dims(scale, tuple(i for i in range(len(shape)) if i != axis))
+            stored = Derived(self.levels.dtype, shape, lambda: self.levels.quantize_whole(read(), spread))
             constant = Constant(self.fresh(f"{weight.name}_{self.levels.name}"), stored)
             self._dequantize(product, weight, [constant, *self._parameters(weight.name, scale)], axis=axis)
         return self.made[id(weight), axis]

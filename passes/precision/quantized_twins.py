@@ -1,4 +1,8 @@
-"""What each product loses by quantization: a quantized twin beside it in the float graph, on calibration data."""
+"""What each product loses by quantization, on calibration data, while all before it is float.
+
+Matrix products are worked out from the rows that they multiply (`matrix_losses.py`); others get a quantized twin beside
+them in the graph.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from llmc.passes.base import Activations, Measured
 from llmc.passes.graph import Array, Graph, Node, Variable, fresh_names
 from llmc.passes.precision.insert_qdq import Inserter
 from llmc.passes.precision.levels import Levels
+from llmc.passes.precision.matrix_losses import ROWS, MatrixProduct, Sums, is_matrix_product
 from llmc.passes.precision.products import Product
 
 
@@ -37,6 +42,13 @@ class Loss:
         if self.channels is not None:
             sums = np.moveaxis(off, self.channels, -1).reshape(-1, off.shape[self.channels]).sum(axis=0)
             self.total = sums if self.total is None else self.total + sums
+
+    def take(self, sums: Sums) -> None:
+        """Take in the results on some rows."""
+        self.values += sums.values
+        self.signal += sums.signal
+        self.noise += sums.noise
+        self.total = sums.total if self.total is None else self.total + sums.total
 
     def measured(self) -> Measured:
         """All of it, as arrays; an empty total stands for none."""
@@ -72,6 +84,60 @@ def losses(
     samples: int,
 ) -> list[Loss]:
     """What each of the products of `graph` loses, in their order. `graph` is a copy to spoil: twins are put into it."""
+    found = [Loss(product.channels) for product in products]
+    rest = [(product, loss) for product, loss in zip(products, found, strict=True) if not is_matrix_product(product)]
+    pairs = _twins(graph, [product for product, _ in rest], levels, amax)
+    waiting = _Waiting(
+        [
+            (MatrixProduct(product, levels, amax), loss)
+            for product, loss in zip(products, found, strict=True)
+            if is_matrix_product(product)
+        ]
+    )
+    names = [*waiting.products, *(name for pair in pairs for name in pair)]
+    for _, values in activations.stream(graph, names, samples):
+        for (_, loss), (exact, rounded) in zip(rest, pairs, strict=True):
+            loss.add(values[exact], values[rounded])
+        waiting.add(values)
+    waiting.finish()
+    return found
+
+
+class _Waiting:
+    """Rows of activations, each until there are enough of it to read the weights that multiply them."""
+
+    def __init__(self, products: Sequence[tuple[MatrixProduct, Loss]]) -> None:
+        self.products: dict[str, list[tuple[MatrixProduct, Loss]]] = {}
+        for product, loss in products:
+            self.products.setdefault(product.activation, []).append((product, loss))
+        self.rows: dict[str, list[Array]] = {name: [] for name in self.products}
+
+    def add(self, values: Mapping[str, Array]) -> None:
+        """Take in what the activations are on one sample."""
+        for name, rows in self.rows.items():
+            rows.append(values[name].reshape(-1, values[name].shape[-1]))
+            if sum(map(len, rows)) >= ROWS:
+                self._multiply(name)
+
+    def finish(self) -> None:
+        """Let the losses have what still waits."""
+        for name, rows in self.rows.items():
+            if rows:
+                self._multiply(name)
+
+    def _multiply(self, name: str) -> None:
+        rows = np.concatenate(self.rows[name])
+        self.rows[name].clear()
+        for product, loss in self.products[name]:
+            loss.take(product.sums(rows))
+
+
+def _twins(
+    graph: Graph, products: Sequence[Product], levels: Levels, amax: Mapping[str, float]
+) -> list[tuple[str, str]]:
+    """Put a quantized twin beside each product: the names of what both give."""
+    if not products:
+        return []
     inserter, fresh = Inserter(graph, levels), fresh_names(graph)
     pairs = []
     after: dict[int, Node] = {}
@@ -85,8 +151,4 @@ def losses(
     for product in products:
         inserter.quantize(replace(product, node=after[id(product.node)]), amax)
     inserter.finish()
-    found = [Loss(product.channels) for product in products]
-    for _, values in activations.stream(graph, [name for pair in pairs for name in pair], samples):
-        for loss, (exact, rounded) in zip(found, pairs, strict=True):
-            loss.add(values[exact], values[rounded])
-    return found
+    return pairs
