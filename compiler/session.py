@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,11 @@ from llmc.compiler.blocks import Blocks, blocks_of
 from llmc.compiler.half import has_halves, round_halves
 from llmc.compiler.narrow import has_narrow, spell_out
 from llmc.compiler.runner import Runner
+from llmc.passes.cache.int8_cache import Int8Cache
 from llmc.passes.cache.static_cache import StaticCache
 from llmc.passes.graph import Array, Graph, numpy_dtype, onnx_dtype, to_structure
+
+_Back = Callable[[dict[str, Array]], dict[str, Array]]
 
 
 class Session:
@@ -22,15 +25,16 @@ class Session:
 
     float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`); types that ONNX Runtime lacks
     are spelled out (see `compiler/narrow.py`). A graph with a static cache takes inputs, and gives outputs,
-    of its growing form as well (see `passes/cache/static_cache.py`). A graph of more weights than should be in memory
-    at once runs block by block (see `compiler/blocks.py`).
+    of its growing form as well (see `passes/cache/static_cache.py`), one with int8 caches likewise of its float form
+    (see `passes/cache/int8_cache.py`). A graph of more weights than should be in memory at once runs block by block
+    (see `compiler/blocks.py`).
 
     `extra_outputs` are tensors of the graph to give back beside its outputs. Raises LlmcError where ONNX
     Runtime cannot run the graph, with its reason.
     """
 
     def __init__(self, graph: Graph, extra_outputs: Sequence[str] = ()) -> None:
-        self._cache = StaticCache.of(graph)
+        self._static, self._int8 = StaticCache.of(graph), Int8Cache.of(graph)
         self._types = {tensor.name: numpy_dtype(onnx_dtype(tensor)) for tensor in graph.inputs}
         graph = spell_out(graph) if has_narrow(graph) else graph
         structure = to_structure(round_halves(graph) if has_halves(graph) else graph)
@@ -56,19 +60,29 @@ class Session:
     ) -> Iterator[dict[str, Array]]:
         """The same for each sample in turn. Some may be taken ahead: a large model reads its weights once for many."""
         names = list(outputs) if outputs is not None else self.outputs
-        taken: deque[tuple[Mapping[str, Array], StaticCache | None]] = deque()
+        taken: deque[_Back] = deque()
 
         def given() -> Iterator[dict[str, Array]]:
             for feeds in samples:
-                cache = self._cache if self._cache is not None and self._cache.takes(feeds) else None
-                taken.append((feeds, cache))
-                fed = feeds if cache is None else cache.feeds(feeds, self._types)
+                fed, back = self._as_it_is(feeds)
+                taken.append(back)
                 yield {name: self._given(name, fed[name]) for name in self.inputs if name in fed}
 
         for values in self._runner.run_each(given(), names):
-            feeds, cache = taken.popleft()
-            found = dict(zip(names, values, strict=True))
-            yield found if cache is None else cache.outputs(feeds, found)
+            yield taken.popleft()(dict(zip(names, values, strict=True)))
+
+    def _as_it_is(self, feeds: Mapping[str, Array]) -> tuple[Mapping[str, Array], _Back]:
+        """Inputs in the form that the graph's caches have, and what brings outputs into the form of `feeds`."""
+        int8 = self._int8 if self._int8 is not None and self._int8.takes(feeds) else None
+        static = self._static if self._static is not None and self._static.takes(feeds) else None
+        fed = feeds if int8 is None else int8.feeds(feeds)
+        fed = fed if static is None else static.feeds(fed, self._types)
+
+        def back(found: dict[str, Array]) -> dict[str, Array]:
+            found = found if static is None else static.outputs(feeds, found)
+            return found if int8 is None else int8.outputs(found)
+
+        return fed, back
 
     def _given(self, name: str, value: Array) -> Array:
         dtype = self._floats.get(name, value.dtype) if value.dtype.kind in "fV" else value.dtype

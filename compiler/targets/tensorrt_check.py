@@ -47,6 +47,8 @@ _TYPES = {
     TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1, TensorProto.UNDEFINED,
 }  # fmt: skip
 _QUANTIZED = {TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1}
+_CACHED = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.UNDEFINED}
+"""Types of the caches that TensorScatter writes into."""
 _RTX_WITHOUT_KERNEL = {"NonZero", "NonMaxSuppression"}
 """Operators that the RTX parser says it supports, and then cannot build."""
 _TENSORRT_DOMAIN = "trt"
@@ -71,6 +73,7 @@ def check_graph(graph: Graph, kind: Kind, capabilities: Sequence[int], unsupport
     checks: tuple[Check, ...] = (
         lambda node: _operator(node, missing),
         _attention,
+        _cache,
         _zero_point,
         _blocks,
         _types,
@@ -160,6 +163,14 @@ def _attention(node: Node) -> Iterator[str]:
     mask_types = {TensorProto.BOOL, TensorProto.UNDEFINED, onnx_dtype(node.inputs[0])}
     if given[3] and onnx_dtype(node.inputs[3]) not in mask_types:
         yield "TensorRT wants attn_mask in the type of Q, or bool: add a Cast"
+
+
+def _cache(node: Node) -> Iterator[str]:
+    if node.op == "TensorScatter" and _is_standard(node) and onnx_dtype(node.inputs[0]) not in _CACHED:
+        yield (
+            f"TensorRT's TensorScatter takes no {_type_name(onnx_dtype(node.inputs[0]))}: write an int8 cache with "
+            "ScatterElements, as quantize-kv-cache does where it stands behind scatter-kv-cache"
+        )
 
 
 def _zero_point(node: Node) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -11,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from llmc.passes.base import Context, NearMiss, Pass, PassResult
+from llmc.passes.cache.caches import Cache, growing_caches, read_cache
 from llmc.passes.cache.grown_axis import Growth, GrowthFollower, NotStaticError
 from llmc.passes.cache.static_cache import AXIS, StaticCache
 from llmc.passes.graph import (
@@ -36,16 +36,6 @@ from llmc.passes.shapes.shape_vectors import shape_vector
 
 OPSET = 24
 RULE = "cache"
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Keys or values that grow: `present` is `past` with `new` behind it."""
-
-    node: Node
-    past: Tensor
-    new: Tensor
-    present: Tensor
 
 
 class ScatterKvCache(Pass):
@@ -80,7 +70,7 @@ class ScatterKvCache(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         result = PassResult()
-        if not any(_caches_of(graph, node) for node in graph.nodes):
+        if not growing_caches(graph):
             return result
         problem = raise_opset(graph, OPSET)
         if problem is not None:
@@ -99,26 +89,12 @@ class ScatterKvCache(Pass):
         return result
 
 
-def _caches_of(graph: Graph, node: Node) -> list[Cache]:
-    """The caches that a node makes longer."""
-    inputs, outputs = {id(t) for t in graph.inputs}, {id(t) for t in graph.outputs}
-    if node.domain:
-        return []
-    if node.op == "Concat" and len(node.inputs) == 2 and node.attrs["axis"] in (AXIS, AXIS - 4):
-        found = [Cache(node, node.inputs[0], node.inputs[1], node.outputs[0])]
-    elif node.op == "Attention" and len(node.inputs) > 5 and len(node.outputs) > 2:
-        found = [Cache(node, node.inputs[i + 3], node.inputs[i], node.outputs[i]) for i in (1, 2)]
-    else:
-        return []
-    return [c for c in found if id(c.past) in inputs and id(c.present) in outputs and len(c.past.shape or ()) == 4]
-
-
 class _Change:
     """The change of one graph, checked when this is made: NotStaticError where it cannot be done."""
 
     def __init__(self, settings: ScatterKvCache, graph: Graph) -> None:
         self.settings, self.graph = settings, graph
-        self.caches = [cache for node in graph.nodes for cache in _caches_of(graph, node)]
+        self.caches = growing_caches(graph)
         dims = Dimensions(graph)
         first = self.caches[0]
         past, new = (dims.of(tensor) for tensor in (first.past, first.new))
@@ -221,7 +197,7 @@ class _Change:
             self._count_from_0(node)
         masked = {id(node): self._masked(node) for node in self.growth.attentions}
         for node in self.growth.attentions:
-            _read_cache(node, masked[id(node)])
+            read_cache(node, masked[id(node)])
         hidden = self.follower.scores.hidden
         never = -np.inf
         rewire([(node, index, self._filled_in(node.inputs[index], never)) for node, index in hidden])
@@ -365,17 +341,3 @@ class _Change:
     def _indices(self, op: Any) -> Tensor:
         batch = (self.dims.of(self.caches[0].past) or ())[:1]
         return cast(Tensor, op.Expand(self.past_length, shape_vector(op, self.graph, self.dims, batch, ())))
-
-
-def _read_cache(node: Node, mask: Tensor) -> None:
-    """Let an Attention that kept its cache itself read it, and a mask, which says all that `is_causal` said."""
-    node.attrs.pop("is_causal", None)
-    presents = node.outputs[1:3]
-    list.__delitem__(node.outputs, slice(1, None))
-    for tensor in presents:
-        list.__setitem__(tensor.inputs, slice(None), [made for made in tensor.inputs if made is not node])
-    while len(node.inputs) < 4:
-        list.append(node.inputs, Variable.empty())
-    rewire([(node, 3, mask), *((node, index, tensor) for index, tensor in enumerate(presents, 1))])
-    rewire([(node, index, Variable.empty()) for index in range(4, len(node.inputs))])
-    list.__delitem__(node.inputs, slice(4, None))

@@ -105,6 +105,15 @@ BAD: dict[str, tuple[Callable[[Make], Graph], str]] = {
         "node 'a' (Attention): TensorRT gives no output but the first (no present_key, present_value or "
         "qk_matmul_output)",
     ),
+    "a cache of int8": (
+        lambda make: make(
+            "(int8[2,4,8,16] c, int8[2,4,1,16] n, int64[2] at) => (int8[2,4,8,16] y) "
+            "{ [t] y = TensorScatter <axis = 2> (c, n, at) }",
+            opset=24,
+        ),
+        "node 't' (TensorScatter): TensorRT's TensorScatter takes no int8: write an int8 cache with ScatterElements, "
+        "as quantize-kv-cache does where it stands behind scatter-kv-cache",
+    ),
     "nonpad_kv_seqlen": (
         lambda make: attention(make, "[a] y = Attention(q, k, v, , , , n)", ", int64[2] n", opset=24),
         "node 'a' (Attention): TensorRT drops nonpad_kv_seqlen without a word: put the lengths into attn_mask",
