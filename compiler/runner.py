@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from llmc.passes.base import LlmcError
-from llmc.passes.graph import FOUR_BIT, Array, Structure, loaded, raw_values
+from llmc.passes.graph import FOUR_BIT, Array, Structure, contiguous, loaded, raw_values
 
 FED_FROM = 1 << 20
 """Bytes from which a weight is handed over with every run: ONNX Runtime copies those that a session is made with."""
@@ -27,7 +27,7 @@ class Runner:
     def __init__(self, structure: Structure, *, lean: bool = False) -> None:
         import onnxruntime as ort
 
-        weights = {name: np.asarray(loaded(held), order="C") for name, held in structure.weights.items()}
+        weights = {name: contiguous(loaded(held)) for name, held in structure.weights.items()}
         given_back = {info.name for info in structure.model.graph.output}
         self._fed = {
             name: array

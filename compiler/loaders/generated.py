@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llmc.compiler.blocks import WHOLE_BYTES
 from llmc.compiler.data import random_feeds
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.generation.choosing import greedy
@@ -23,6 +24,8 @@ from llmc.passes.graph import Array, Graph
 
 TOKENS = 16
 """Generated greedily, by torch and by the graph of a decoder with a cache, to compare."""
+FEW = 4
+"""As many of a model that runs block by block: each reads all of its weights. The cache grows three times for them."""
 PROMPTS = (9, 6)
 """Tokens of the prompts, the shorter one padded."""
 
@@ -34,7 +37,7 @@ class Generated:
     ids: Array
     mask: Array
     tokens: Array
-    """[2, TOKENS]: those behind `ids`."""
+    """[2, TOKENS or FEW]: those behind `ids`."""
     given: Feeds = field(default_factory=dict)
     """What an encoder has made of the prompts, for each run of the decoder."""
 
@@ -77,24 +80,26 @@ def _generate(model: Any, feeds: Feeds, settings: Mapping[str, Any]) -> Array:
 
 @contextmanager
 def _plain_generation(model: Any, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Greedy, of `TOKENS` tokens: what else the checkpoint asks for (beams, forbidden tokens, an end) is left out."""
+    """Greedy, of few tokens: what else the checkpoint asks for (beams, forbidden tokens, an end) is left out."""
     from transformers import GenerationConfig
 
     before = model.generation_config
-    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=TOKENS, pad_token_id=0, **settings)
+    large = sum(parameter.nbytes for parameter in model.parameters()) > WHOLE_BYTES
+    count = FEW if large else TOKENS
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0, **settings)
     try:
         yield
     finally:
         model.generation_config = before
 
 
-def prove_tokens(graph: Graph, answers: Generated) -> None:
+def prove_tokens(graph: Graph, session: Session, answers: Generated) -> None:
     """The loop around the graph gives the tokens of transformers' own: the cache, positions and masks are right."""
-    session = Session(graph)
     inputs = [Input(tensor.name, np.dtype(tensor.dtype), tuple(tensor.shape)) for tensor in graph.inputs]
     decoder = Decoder(inputs, session.outputs, session.run)
     stream = decoder.generate(answers.ids, answers.mask, greedy, answers.given)
-    found = np.stack(list(islice(stream, TOKENS)), axis=1)
+    count = answers.tokens.shape[1]
+    found = np.stack(list(islice(stream, count)), axis=1)
     if not np.array_equal(found, answers.tokens):
         first = int((found != answers.tokens).any(axis=0).argmax())
-        raise LlmcError(f"of {TOKENS} greedy tokens, number {first + 1} differs from what transformers generates")
+        raise LlmcError(f"of {count} greedy tokens, number {first + 1} differs from what transformers generates")

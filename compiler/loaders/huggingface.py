@@ -32,6 +32,7 @@ from llmc.compiler.loaders.tasks import (
     infer_task,
     task_of,
 )
+from llmc.compiler.loaders.widened import Widened, read_as_stored
 from llmc.compiler.progress import Progress
 from llmc.passes.graph import Array, Graph, to_structure
 
@@ -148,8 +149,8 @@ class _TorchModel:
     progress: Progress
 
     @cached_property
-    def loaded(self) -> tuple[Any, frozenset[str]]:
-        """The torch model, ready for inference, and the names of what the checkpoint did not have."""
+    def loaded(self) -> tuple[Any, Widened, frozenset[str]]:
+        """The torch model, ready for inference, its weights, and the names of what the checkpoint did not have."""
         self.progress("reading weights")
         with quiet():
             import onnxscript  # noqa: F401
@@ -169,7 +170,8 @@ class _TorchModel:
         """Run it on one set of inputs."""
         from llmc.compiler.loaders.signature import run_torch
 
-        return run_torch(self.loaded[0], self.signature, feeds)
+        model, weights, _ = self.loaded
+        return weights.settled(lambda: run_torch(model, self.signature, feeds))
 
 
 def _export(
@@ -178,10 +180,9 @@ def _export(
     """What is known of the model, and its graph."""
     from llmc.compiler.loaders.torch_export import export
 
-    model, missing = source.loaded
+    model, weights, missing = source.loaded
     checkpoint, signature = source.checkpoint, source.signature
-    mapped = MappedFiles(checkpoint.folder, checkpoint.weights)
-    exported = export(model, signature, source.task, opset, source.progress, mapped)
+    exported = export(model, signature, source.task, opset, source.progress, weights)
     random = sorted(missing & exported.parameters)
     if random:
         raise LlmcError(
@@ -239,14 +240,15 @@ class _Exports:
         }
 
 
-def _load_model(checkpoint: Checkpoint, task: str, trust_remote_code: bool) -> tuple[Any, frozenset[str]]:
-    """The torch model, ready for inference, and the names of what the checkpoint did not have."""
+def _load_model(checkpoint: Checkpoint, task: str, trust_remote_code: bool) -> tuple[Any, Widened, frozenset[str]]:
+    """The torch model, ready for inference, its weights, and the names of what the checkpoint did not have."""
     import torch
     import transformers
 
     model_class = _model_class(checkpoint, task, trust_remote_code)
     settings = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    with quiet(), _no_loading_bar():
+    widens = checkpoint.dtype == "float32" and checkpoint.stored != ("F32",)
+    with quiet(), _no_loading_bar(), read_as_stored(widens) as wanted:
         try:
             model, info = model_class.from_pretrained(
                 checkpoint.folder,
@@ -262,7 +264,8 @@ def _load_model(checkpoint: Checkpoint, task: str, trust_remote_code: bool) -> t
     if info["mismatched_keys"]:
         name = sorted(info["mismatched_keys"])[0][0]
         raise LlmcError(f"{checkpoint.folder}: the shape of weight '{name}' is not what config.json asks for")
-    return model.eval(), frozenset(info["missing_keys"])
+    weights = Widened(model, MappedFiles(checkpoint.folder, checkpoint.weights), wanted)
+    return model.eval(), weights, frozenset(info["missing_keys"])
 
 
 def _model_class(checkpoint: Checkpoint, task: str, trust_remote_code: bool) -> Any:

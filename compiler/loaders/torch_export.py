@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from llmc.compiler.loaders.mapped import MappedFiles
 from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.signature import Signature, run_torch
 from llmc.compiler.loaders.tasks import TEXT_GENERATION
+from llmc.compiler.loaders.widened import Widened
 from llmc.compiler.progress import Progress
 from llmc.compiler.session import Session
 from llmc.passes.graph import SMALL, Array, Graph, Structure, Weights, from_structure
@@ -66,28 +68,34 @@ def export(
     task: str,
     opset: int | None,
     progress: Progress,
-    files: MappedFiles | None = None,
+    weights: Widened,
 ) -> Export:
     """Export `model` by the first rung whose graph proves right at every size of `signature.checks`.
 
-    The graph's weights are those in `files` where the model has them mapped from there, else the model's own memory,
-    under the model's names ('.T' behind transposed ones). Raises LlmcError with each rung's reason where none will do.
+    The graph's weights stay in files where `weights`, the model's own, have them there, and are else in the model's
+    memory, under the model's names ('.T' behind transposed ones). Raises LlmcError with each rung's reason where none
+    will do.
     """
     decodes = PAST in signature.sample
     ladder = _ladder(decodes or task == TEXT_GENERATION, opset)
-    expected = _expectations(model, signature)
-    answers = generated(model, signature) if decodes else None
+    expected = weights.settled(lambda: _expectations(model, signature))
+    answers = weights.settled(lambda: generated(model, signature)) if decodes else None
     failures = []
-    for rung in ladder:
+
+    def proved(rung: Rung) -> Export:
         progress(f"exporting at opset {rung.opset} with {rung.attention} attention")
+        with quiet(), _implementations(model, rung.attention) as attention:
+            graph, parameters = _export(model, signature, rung.opset, weights.files)
+        progress("comparing with torch")
+        session = Session(graph)
+        _prove(session, expected)
+        if answers is not None:
+            prove_tokens(graph, session, answers)
+        return Export(graph, Rung(rung.opset, attention), parameters)
+
+    for rung in ladder:
         try:
-            with quiet(), _implementations(model, rung.attention) as attention:
-                graph, parameters = _export(model, signature, rung.opset, files)
-            progress("comparing with torch")
-            _prove(graph, expected)
-            if answers is not None:
-                prove_tokens(graph, answers)
-            return Export(graph, Rung(rung.opset, attention), parameters)
+            return weights.settled(partial(proved, rung))
         except Exception as error:  # whatever goes wrong inside the exporter, the next rung may do
             failures.append(f"{rung}: {explain(error)}")
     raise LlmcError(f"{type(model).__name__} cannot be exported to ONNX:\n  " + "\n  ".join(failures))
@@ -122,10 +130,9 @@ def _expectations(model: Any, signature: Signature) -> list[tuple[Feeds, dict[st
     return expected
 
 
-def _prove(graph: Graph, expected: Sequence[tuple[Feeds, dict[str, Array]]]) -> None:
-    session = Session(graph)
-    for feeds, outputs in expected:
-        found = session.run(feeds)
+def _prove(session: Session, expected: Sequence[tuple[Feeds, dict[str, Array]]]) -> None:
+    found_of_each = session.run_each(feeds for feeds, _ in expected)
+    for (feeds, outputs), found in zip(expected, found_of_each, strict=True):
         for name, reference in outputs.items():
             shape = tuple(next(iter(feeds.values())).shape)
             if found[name].shape != reference.shape:
@@ -153,7 +160,7 @@ def _implementations(model: Any, attention: str) -> Iterator[str]:
             model.set_experts_implementation(experts_before)
 
 
-def _export(model: Any, signature: Signature, opset: int, files: MappedFiles | None) -> tuple[Graph, frozenset[str]]:
+def _export(model: Any, signature: Signature, opset: int, files: MappedFiles) -> tuple[Graph, frozenset[str]]:
     import torch
 
     feeds = random_feeds(signature.inputs, signature.sample, signature.bounds, np.random.default_rng(0))

@@ -66,6 +66,7 @@ from llmc.passes.graph.tensors import Variable as Variable
 from llmc.passes.graph.tensors import Weights as Weights
 from llmc.passes.graph.tensors import beginning as beginning
 from llmc.passes.graph.tensors import blocks_of as blocks_of
+from llmc.passes.graph.tensors import contiguous as contiguous
 from llmc.passes.graph.tensors import dtype_name as dtype_name
 from llmc.passes.graph.tensors import extra_attributes as extra_attributes
 from llmc.passes.graph.tensors import loaded as loaded

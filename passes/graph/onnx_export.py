@@ -26,6 +26,7 @@ from llmc.passes.graph.tensors import (
     Tensor,
     Weights,
     blocks_of,
+    contiguous,
     loaded,
     onnx_dtype,
     pack_four_bit,
@@ -58,7 +59,7 @@ def raw_values(values: Array | Weights, onnx_dtype: int) -> memoryview:
     array = loaded(values)
     if onnx_dtype in FOUR_BIT:
         return pack_four_bit(array).data
-    return np.ascontiguousarray(array).view(np.uint8).reshape(-1).data
+    return contiguous(array).reshape(-1).view(np.uint8).data
 
 
 def raw_blocks(values: Array | Weights, onnx_dtype: int) -> Iterator[memoryview]:

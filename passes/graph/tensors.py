@@ -29,6 +29,8 @@ BEGINNING = 1024
 """Values of a weight that are compared with another's before all are."""
 BLOCK = 16 << 20
 """Bytes of a large weight that are worked on at a time, where they can be."""
+STRIP = 256
+"""Columns of a transposed array that are copied at a time: their rows' lines stay in the processor's cache."""
 FOUR_BIT = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
 
 
@@ -92,6 +94,16 @@ def in_blocks(values: Array) -> Iterator[Array]:
         yield values[begin : begin + rows]
 
 
+def contiguous(values: Array) -> Array:
+    """`np.ascontiguousarray`; of a transposed matrix some six times as fast."""
+    if values.flags.c_contiguous or values.ndim != 2 or values.strides[0] >= values.strides[1]:
+        return values if values.flags.c_contiguous else np.ascontiguousarray(values)
+    made = np.empty(values.shape, values.dtype)
+    for begin in range(0, values.shape[1], STRIP):
+        made[:, begin : begin + STRIP] = values[:, begin : begin + STRIP]
+    return made
+
+
 def blocks_of(held: Array | Weights) -> Iterator[Array]:
     """`Weights.blocks` of values, wherever they are held."""
     return held.blocks() if isinstance(held, Weights) else in_blocks(held)
@@ -132,7 +144,7 @@ class Elementwise(Derived):
         self._source, self._change = source, change
 
     def blocks(self) -> Iterator[Array]:
-        return map(self._change, blocks_of(self._source))
+        return (self._change(contiguous(block)) for block in blocks_of(self._source))
 
     def _whole(self) -> Array:
         made = self.blocks()

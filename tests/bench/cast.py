@@ -1,6 +1,6 @@
-"""The time that `convert-fp16` takes from file to file, without what measures and verifies it.
+"""The time that a pass such as `convert-fp16` takes from file to file, without what measures and verifies it.
 
-    python tests/bench/cast.py SOURCE TARGET
+    python tests/bench/cast.py PASS SOURCE TARGET
 
 prints the seconds from the graph, loaded, until the converted model is on the disk: to be held against `cp` of SOURCE.
 """
@@ -12,15 +12,16 @@ import sys
 import time
 from pathlib import Path
 
-from llmc.passes.base import Context
+from llmc.passes.base import Context, find
 from llmc.passes.graph import load_model, save_model
-from llmc.passes.precision.convert_fp16 import ConvertFp16
 
 
-def main(source: Path, target: Path) -> None:
+def main(key: str, source: Path, target: Path) -> None:
+    kind = find(key)
+    assert kind is not None, key
     graph = load_model(source)
     begun = time.perf_counter()
-    ConvertFp16().run(graph, Context())
+    kind().run(graph, Context())
     for path in save_model(graph, target):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -29,4 +30,4 @@ def main(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

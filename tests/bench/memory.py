@@ -46,17 +46,20 @@ class Job:
     """GB of anonymous memory from an ONNX file."""
     dtype: str = "float16"
     """Of the source."""
+    sources: tuple[str, ...] = ("onnx", "hf")
+    cast: str = ""
+    """The pass that is timed alone too, from file to file."""
 
 
 JOBS = (
     Job("optimize", "[{recipe: optimize}]", 1.0),
-    Job("convert", "[{recipe: optimize}, convert-fp16]", 2.5, dtype="float32"),
+    Job("optimize-bf16", "[{recipe: optimize}]", 1.0, dtype="bfloat16", sources=("hf",)),
+    Job("convert", "[{recipe: optimize}, convert-bf16]", 2.5, cast="convert-bf16"),
+    Job("convert-float32", "[{recipe: optimize}, convert-fp16]", 2.5, dtype="float32", cast="convert-fp16"),
     Job("int4", "[{recipe: optimize}, {quantize-weights: {method: rtn}}, eliminate-dead]", 2.5),
 )
-CAST = "convert"
-"""The recipe whose pass is timed alone too, from file to file."""
 SLOWEST = 2.0
-"""Copies of the source that it may take."""
+"""Copies of the source that a cast may take."""
 HUGGINGFACE_BAR = 4.0
 """GB of anonymous memory, export included."""
 RECIPE = """passes: {passes}
@@ -96,8 +99,8 @@ def processes(root: int) -> Iterator[int]:
 
 
 def resident(process: int) -> tuple[int, int]:
-    """Kilobytes of a process: anonymous ones, and those mapped from files."""
-    found = {"RssAnon": 0, "RssFile": 0}
+    """Kilobytes of a process: anonymous ones, shared among them, and those mapped from files."""
+    found = {"RssAnon": 0, "RssShmem": 0, "RssFile": 0}
     try:
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -105,7 +108,7 @@ def resident(process: int) -> tuple[int, int]:
                 found[name] = int(value.split()[0])
     except OSError:
         pass
-    return found["RssAnon"], found["RssFile"]
+    return found["RssAnon"] + found["RssShmem"], found["RssFile"]
 
 
 def watch(command: Sequence[str], environment: dict[str, str], timeline: float = 0) -> Use:
@@ -158,12 +161,12 @@ def copy_seconds(source: Path, folder: Path) -> float:
     return seconds
 
 
-def cast_seconds(source: Path, folder: Path) -> float:
+def cast_seconds(key: str, source: Path, folder: Path) -> float:
     """What the pass and the writing of what it has made take."""
     forget(source)
     target = folder / "cast"
     target.mkdir(exist_ok=True)
-    command = [sys.executable, str(Path(__file__).with_name("cast.py")), str(source / "model.onnx")]
+    command = [sys.executable, str(Path(__file__).with_name("cast.py")), key, str(source / "model.onnx")]
     done = subprocess.run([*command, str(target / "model.onnx")], check=True, capture_output=True, text=True)
     shutil.rmtree(target)
     return float(done.stdout)
@@ -205,7 +208,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
         progress("no memory limit: none was asked for, or neither cgroups nor systemd-run are here")
     for kind in options.sources:
         for dtype in dict.fromkeys(job.dtype for job in JOBS):
-            jobs = [job for job in JOBS if job.dtype == dtype and (not options.only or job.name in options.only)]
+            wanted = [job for job in JOBS if kind in job.sources and (not options.only or job.name in options.only)]
+            jobs = [job for job in wanted if job.dtype == dtype]
             for layers in options.layers if jobs else ():
                 shape = replace(SHAPES[options.shape], layers=layers, dtype=dtype)
                 with model(shape, kind, folder) as source:
@@ -213,8 +217,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
                         copied = copy_seconds(source, folder)
                         about = {"source": kind, "layers": layers, "job": job.name, "bytes": shape.bytes}
                         about |= {"copy_seconds": copied}
-                        if job.name == CAST and kind == "onnx":
-                            about |= {"cast_seconds": cast_seconds(source, folder)}
+                        if job.cast and kind == "onnx":
+                            about |= {"cast_seconds": cast_seconds(job.cast, source, folder)}
                         for held in [None, limit] if limit and layers == max(options.layers) else [None]:
                             progress(f"{kind}, {layers} layers: {job.name}{' inside the limit' if held else ''}")
                             use = compile_model(job, source, folder, held, options)

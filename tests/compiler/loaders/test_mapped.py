@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from llmc.compiler.loaders.mapped import MappedFiles, Place, PlacedWeights
@@ -29,7 +30,7 @@ def test_a_mapped_array_is_found_in_its_file(tmp_path: Path, written: Array, tra
     given = array.T if transposed else array
     found = MappedFiles(tmp_path, [tmp_path / "a file"]).placed(given)
     assert isinstance(found, PlacedWeights)
-    assert found.place == Place("a file", OFFSET, transposed)
+    assert found.place == Place("a file", OFFSET, onnx.TensorProto.FLOAT16, transposed)
     assert (found.shape, found.dtype, found.nbytes) == (given.shape, given.dtype, given.nbytes)
     del array, given
     np.testing.assert_array_equal(found.load(), written.T if transposed else written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import torch_export
+from llmc.compiler.loaders.mapped import MappedFiles
 from llmc.compiler.loaders.signature import Signature
 from llmc.compiler.loaders.torch_export import Rung, explain, export
+from llmc.compiler.loaders.widened import Widened
 from llmc.passes.graph import Graph, Variable
 
 GraphParser = Callable[..., Graph]
@@ -73,8 +76,12 @@ def exports(parse: GraphParser, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return exports
 
 
+def exported(model: torch.nn.Module, task: str, opset: int | None = None) -> torch_export.Export:
+    return export(model, SIGNATURE, task, opset, lambda _: None, Widened(model, MappedFiles(Path(), []), {}))
+
+
 def run(task: str = "feature-extraction", opset: int | None = None, **settings: Any) -> torch_export.Export:
-    return export(Doubling(**settings), SIGNATURE, task, opset, lambda _: None)
+    return exported(Doubling(**settings), task, opset)
 
 
 def test_first_right_export_is_taken(exports: Callable[..., list[tuple[int, str]]]) -> None:
@@ -130,7 +137,7 @@ def test_model_without_that_attention(exports: Callable[..., list[tuple[int, str
 def test_model_is_left_as_it_was(exports: Callable[..., list[tuple[int, str]]]) -> None:
     exports(RuntimeError("no"), RIGHT)
     model = Doubling()
-    export(model, SIGNATURE, "text-generation", None, lambda _: None)
+    exported(model, "text-generation")
     assert model.config._attn_implementation == "default"
     assert "forward" not in vars(model)
 
@@ -147,7 +154,7 @@ def test_model_that_does_not_run() -> None:
             raise ValueError(f"needs pixels, not {x.shape[1]} numbers")
 
     with pytest.raises(LlmcError, match="Failing does not run in torch on x: ValueError: needs pixels, not 3 numbers"):
-        export(Failing(), SIGNATURE, "feature-extraction", None, lambda _: None)
+        exported(Failing(), "feature-extraction")
 
 
 def test_model_that_gives_nan() -> None:
@@ -156,7 +163,7 @@ def test_model_that_gives_nan() -> None:
             return x / 0 * 0
 
     with pytest.raises(LlmcError, match="Empty gives NaN for 'y' in torch itself, as float32"):
-        export(Empty(), SIGNATURE, "feature-extraction", None, lambda _: None)
+        exported(Empty(), "feature-extraction")
 
 
 class GuardOnDataDependentSymNode(Exception):  # noqa: N818 - torch's name
