@@ -213,7 +213,7 @@ ENCODER_DECODERS: dict[str, tuple[str, dict[str, Any], float]] = {
 }
 """Class, configuration, and the spread of the random weights with which tokens vary."""
 MINILM = "MiniLM, its real weights"
-FAST = {"Llama", "GPT-2", "Llama, RoPE dynamic"}
+FAST = {"Llama", "Llama, RoPE dynamic"}
 
 
 def some_slow(names: Mapping[str, Any]) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel
 
+from llmc.compiler.cache.memory import open_memory
+from llmc.compiler.cache.store import DamagedError
 from llmc.compiler.data.labelled import read_labelled
 from llmc.compiler.errors import LlmcError, TwoGraphsError
 from llmc.compiler.generation.choosing import greedy
@@ -196,12 +199,14 @@ def _tokens(text: Path, tokenizer: Tokenizer) -> list[int]:
 
 def _source(model: str, words: Tokenizer, progress: Callable[[str], None]) -> tuple[Predictor, str]:
     """The model that is compared with, and its name."""
-    try:
-        source = load(model, progress=progress)
-        return Predictor(_decoder(source)), source.name
-    except TwoGraphsError:
-        encoder, source = (load(model, half=half, progress=progress) for half in HALVES)
-        return Predictor(EncoderDecoder(_run(encoder), _decoder(source), words.opening)), source.name
+    while True:
+        with suppress(DamagedError), open_memory() as memory:  # dropped by now: what it held is made anew
+            try:
+                source = load(model, memory=memory, progress=progress)
+                return Predictor(_decoder(source)), source.name
+            except TwoGraphsError:
+                encoder, source = (load(model, half=half, memory=memory, progress=progress) for half in HALVES)
+                return Predictor(EncoderDecoder(_run(encoder), _decoder(source), words.opening)), source.name
 
 
 def _decoder(source: Loaded) -> Decoder:

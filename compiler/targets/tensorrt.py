@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ _FUSED_ATTENTION = "mha"
 """Part of the name of every engine layer that computes a whole attention in one kernel."""
 
 
+@cache
+def _unsupported(kind: Kind, operators: frozenset[str]) -> frozenset[str]:
+    """Those for which the parser has no importer: asked once in a process of its own. Raises RefusedError."""
+    job = OperatorsJob(kind=kind, operators=sorted(operators))
+    return frozenset(tensorrt_process.run(job, lambda _: None))
+
+
 @dataclass(frozen=True)
 class TensorRT:
     """One builder for both: full TensorRT builds on, and for, the GPU of this machine; TensorRT-RTX needs none."""
@@ -43,9 +51,8 @@ class TensorRT:
         """
         if any(is_own(node) for scope in scopes(graph) for node in scope.nodes):
             graph = in_standard_operators(graph)
-        operators = sorted({node.op for scope in scopes(graph) for node in scope.nodes})
         try:
-            unsupported = tensorrt_process.run(OperatorsJob(kind=self.kind, operators=operators), lambda _: None)
+            unsupported = _unsupported(self.kind, frozenset(node.op for scope in scopes(graph) for node in scope.nodes))
         except RefusedError as refused:
             return [problem["text"] for problem in refused.problems]
         known = set(RTX_CAPABILITIES) if self.kind == "tensorrt-rtx" else set()
@@ -53,7 +60,7 @@ class TensorRT:
         return [
             *self._capability_problems(request),
             *profile_problems(graph, request.profiles),
-            *check_graph(graph, self.kind, capabilities, set(unsupported)),
+            *check_graph(graph, self.kind, capabilities, unsupported),
         ]
 
     def build(self, model: Path, folder: Path, request: BuildRequest, progress: Progress) -> Built:

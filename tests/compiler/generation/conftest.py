@@ -1,4 +1,4 @@
-"""A decoder with learned weights, compiled."""
+"""A compiled model to generate with: a decoder with learned weights, or what a file's own `checkpoint` is."""
 
 from __future__ import annotations
 
@@ -17,14 +17,25 @@ target: {kind: onnxruntime}
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True)
+def own_cache(no_shared_cache: Path) -> Path:
+    """One cache for all files of this folder: how a model is exported is not what they test."""
+    return no_shared_cache / "shared"
+
+
+@pytest.fixture(scope="module")
 def checkpoint() -> Path:
     return TINY_LLAMA
 
 
-@pytest.fixture(scope="session")
-def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def recipe() -> str:
+    return RECIPE
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifact")
-    (folder / "r.yaml").write_text(RECIPE, encoding="utf-8")
+    (folder / "r.yaml").write_text(recipe, encoding="utf-8")
     run_compile(str(checkpoint), Recipe.load(folder / "r.yaml"), folder / "out")
     return folder / "out"

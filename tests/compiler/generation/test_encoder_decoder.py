@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from llmc.compiler.artifact import check_artifact
 from llmc.compiler.blame import bisect
+from llmc.compiler.cache.memory import open_memory
 from llmc.compiler.driver import compile as run_compile
 from llmc.compiler.errors import TwoGraphsError
 from llmc.compiler.explain import explain
@@ -130,7 +131,8 @@ def test_the_lock_covers_both(checkpoint: Path, compiled: tuple[Path, Report]) -
 
 def test_a_dry_run_tells_of_both(checkpoint: Path, compiled: tuple[Path, Report]) -> None:
     folder, _ = compiled
-    found = summary_of(plans(str(checkpoint), Recipe.load(folder / "r.yaml").with_values({"model.opset": 20})))
+    with open_memory() as memory:
+        found = summary_of(plans(str(checkpoint), Recipe.load(folder / "r.yaml"), memory=memory))
     assert list(json.loads(json.dumps(found))) == ["encoder", "decoder"]
 
 
@@ -139,8 +141,9 @@ def test_data_for_both(checkpoint: Path, compiled: tuple[Path, Report], tmp_path
     recipe = Recipe.load(folder / "r.yaml")
     (tmp_path / "lines.txt").write_text("Return the number\n", encoding="utf-8")
     asked = recipe.with_values({"verify.inputs": str(tmp_path / "lines.txt")})
-    with pytest.raises(LlmcError, match=r"a folder of \.npz files for each graph, encoder/ and decoder/"):
-        plans(str(checkpoint), asked)
+    problem = r"a folder of \.npz files for each graph, encoder/ and decoder/"
+    with open_memory() as memory, pytest.raises(LlmcError, match=problem):
+        plans(str(checkpoint), asked, memory=memory)
 
 
 def test_a_task_is_of_one_graph(checkpoint: Path, compiled: tuple[Path, Report], tmp_path: Path) -> None:

@@ -15,10 +15,8 @@ import pytest
 import torch
 import transformers
 
-from llmc.compiler.driver import compile as run_compile
 from llmc.compiler.generation.generate import open_generator
 from llmc.compiler.loaders.quiet import quiet
-from llmc.compiler.recipe import Recipe
 from llmc.passes.errors import LlmcError
 
 TINY_LLAMA = Path(__file__).parents[2] / "assets" / "tiny_llama"
@@ -59,11 +57,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("artifact")
-    (folder / "r.yaml").write_text(RECIPE, encoding="utf-8")
-    run_compile(str(checkpoint), Recipe.load(folder / "r.yaml"), folder / "out")
-    return folder / "out"
+def recipe() -> str:
+    return RECIPE
 
 
 def write_wav(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:

@@ -98,6 +98,11 @@ CASES: dict[str, tuple[Any, ...]] = {
         ["start_logits", "end_logits"],
         "opset 23, sdpa",
     ),
+    "GPT2LMHeadModel": (GPT2, "text-generation", [IDS, MASK], ["logits"], "opset 24, sdpa"),
+    "ViTModel": ({**VIT, "image_size": 32}, "feature-extraction", ["pixel_values"], FEATURES, "opset 23, sdpa"),
+    "ResNetForImageClassification": (RESNET, "image-classification", ["pixel_values"], ["logits"], "opset 20, eager"),
+}
+SLOW_CASES: dict[str, tuple[Any, ...]] = {
     "RobertaForSequenceClassification": (
         {**TEXT, "type_vocab_size": 1},
         "text-classification",
@@ -105,11 +110,6 @@ CASES: dict[str, tuple[Any, ...]] = {
         ["logits"],
         "opset 23, sdpa",
     ),
-    "GPT2LMHeadModel": (GPT2, "text-generation", [IDS, MASK], ["logits"], "opset 24, sdpa"),
-    "ViTModel": ({**VIT, "image_size": 32}, "feature-extraction", ["pixel_values"], FEATURES, "opset 23, sdpa"),
-    "ResNetForImageClassification": (RESNET, "image-classification", ["pixel_values"], ["logits"], "opset 20, eager"),
-}
-SLOW_CASES: dict[str, tuple[Any, ...]] = {
     "LlamaForCausalLM": (GROUPED, "text-generation", [IDS, MASK], ["logits"], "opset 24, sdpa"),
     "Qwen3ForCausalLM": (GROUPED, "text-generation", [IDS, MASK], ["logits"], "opset 24, sdpa"),
     "Gemma2ForCausalLM": (GROUPED, "text-generation", [IDS, MASK], ["logits"], "opset 20, eager"),
