@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from llmc.compiler.blocks import WHOLE_BYTES
 from llmc.compiler.data import random_feeds
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.generation.choosing import greedy
@@ -25,7 +24,9 @@ from llmc.passes.graph import Array, Graph
 TOKENS = 16
 """Generated greedily, by torch and by the graph of a decoder with a cache, to compare."""
 FEW = 4
-"""As many of a model that runs block by block: each reads all of its weights. The cache grows three times for them."""
+"""As many of a model of more than `MUCH`: each reads all of its weights from disk. The cache grows three times."""
+MUCH = 8 << 30
+"""Bytes of parameters."""
 PROMPTS = (9, 6)
 """Tokens of the prompts, the shorter one padded."""
 
@@ -84,7 +85,7 @@ def _plain_generation(model: Any, settings: Mapping[str, Any]) -> Iterator[None]
     from transformers import GenerationConfig
 
     before = model.generation_config
-    large = sum(parameter.nbytes for parameter in model.parameters()) > WHOLE_BYTES
+    large = sum(parameter.nbytes for parameter in model.parameters()) > MUCH
     count = FEW if large else TOKENS
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0, **settings)
     try:
