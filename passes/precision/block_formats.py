@@ -10,6 +10,8 @@ import numpy as np
 import onnx
 
 from llmc.passes.graph import Array, numpy_dtype
+from llmc.passes.precision.in_parts import on_every_core
+from llmc.passes.precision.rounding.parts import Part, grids_of, parts_of, square
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST_E4M3 = 448.0
@@ -57,14 +59,17 @@ class BlockFormat:
         nearest: Array = np.clip(exact, -self.largest, self.largest).astype(self.numpy)
         return nearest
 
-    def round(self, matrix: Array) -> BlockRounded:
-        """`matrix` [rows, depth] in this format; depth is a multiple of the block."""
+    def round(self, matrix: Array, reach: float | None = None) -> BlockRounded:
+        """`matrix` [rows, depth] in this format; depth is a multiple of the block.
+
+        `reach` is the largest magnitude of the tensor, where the matrix is a part of it.
+        """
         blocks = matrix.astype(np.float32, copy=False).reshape(len(matrix), -1, self.block)
         amax = np.abs(blocks).max(axis=-1)
         if not self.two_levels:
             stored = power_of_two(amax / self.largest).astype(self.numpy_scale)
             return BlockRounded(self, self.elements(blocks, stored), stored, 1.0)
-        whole = tensor_scale(float(amax.max(initial=0)), SPANS[0])
+        whole = tensor_scale(float(amax.max(initial=0)) if reach is None else reach, SPANS[0])
         best, least = np.zeros(amax.shape, E4M3), np.full(amax.shape, np.inf, np.float32)
         for span in SPANS:
             stored = np.clip(amax / np.float32(span * whole), SMALLEST_E4M3, LARGEST_E4M3).astype(E4M3)
@@ -98,6 +103,49 @@ class BlockRounded:
         exact = np.abs(matrix.reshape(self.elements.shape)) / self.scale[..., None]
         beyond = np.count_nonzero(exact > self.format.largest + self.format.half_step)
         return beyond / max(exact.size, 1)
+
+
+@dataclass(frozen=True)
+class WeightInBlocks:
+    """A weight in a block format, laid out as it was."""
+
+    elements: Array
+    """Of the weight's shape."""
+    stored: Array
+    """Scales of blocks: of its shape with blocks in the place of values along the axis that is summed."""
+    whole: float
+    """The scale of the tensor."""
+    clipped: float
+    """Share of the values that a number after the largest would be nearer to."""
+    moved: float
+    """L2 norm of what rounding moved, over that of the weight; 0 for a weight of zeros."""
+
+    @property
+    def scale(self) -> Array:
+        """Of each block: float32, exact."""
+        return self.stored.astype(np.float32) * np.float32(self.whole)
+
+
+def round_weight(weight: Array, axis: int, form: BlockFormat) -> WeightInBlocks:
+    """A weight in a format, part by part; blocks run along `axis`, from 0. Raises NotFiniteError."""
+    parts = parts_of(weight.shape, axis, form.block)
+    reach = max(on_every_core(lambda part: float(np.abs(part.rows(weight)).max(initial=0)), parts), default=0.0)
+    elements = np.empty(weight.shape, form.numpy)
+    stored = np.empty(grids_of(weight.shape, axis, form.block), form.numpy_scale)
+
+    def work(part: Part) -> tuple[float, Array]:
+        rows = part.rows(weight)
+        rounded = form.round(rows, reach)
+        part.put(rounded.elements.reshape(rows.shape), elements)
+        part.put_grids(rounded.stored, stored)
+        sums = (rounded.clipped(rows) * rows.size, square(rounded.matrix() - rows), square(rows))
+        return rounded.whole, np.array(sums, np.float64)
+
+    wholes, sums = zip(*on_every_core(work, parts), strict=True)
+    beyond, moved, whole = map(float, np.sum(sums, axis=0))
+    return WeightInBlocks(
+        elements, stored, wholes[0], beyond / max(weight.size, 1), (moved / whole) ** 0.5 if whole else 0.0
+    )
 
 
 NVFP4 = BlockFormat(

@@ -18,6 +18,7 @@ from llmc.passes.graph import (
     onnx_dtype,
     rewire,
 )
+from llmc.passes.precision.in_parts import on_every_core, row_slices
 from llmc.passes.precision.qdq import producer
 
 Names = Callable[[str], str]
@@ -50,7 +51,16 @@ def quotient(constant: Constant, divisor: Array, fresh: Names) -> Constant:
     shape = np.broadcast_shapes(tuple(constant.shape), divisor.shape)
 
     def divided() -> Array:
-        return (load_values(held).astype(np.float32) / divisor).astype(dtype)
+        if len(shape) < 2:
+            return (load_values(held).astype(np.float32) / divisor).astype(dtype)
+        values, by = (np.broadcast_to(array, shape) for array in (load_values(held), divisor))
+        made = np.empty(shape, dtype)
+
+        def divide(rows: slice) -> None:
+            made[rows] = values[rows].astype(np.float32) / by[rows]
+
+        on_every_core(divide, row_slices(shape))
+        return made
 
     return Constant(fresh(f"{constant.name}_scaled"), Derived(onnx_dtype(constant), shape, divided))
 

@@ -59,7 +59,9 @@ def _twins(found: Iterable[Constant]) -> list[Constant]:
 
 def digest_of(values: Array) -> str:
     """SHA-256 of the type, shape and bytes of an array."""
-    return sha256(f"{values.shape}{values.dtype}".encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+    digest = sha256(f"{values.shape}{values.dtype}".encode())
+    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _transposed(graph: Graph, constant: Constant, user: Node, name: str) -> Variable:

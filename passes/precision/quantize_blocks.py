@@ -17,14 +17,15 @@ from llmc.passes.graph import (
     Tensor,
     Variable,
     fresh_names,
+    load_values,
     metadata,
     onnx_dtype,
     rewire,
     shape_of,
 )
 from llmc.passes.opset import raise_opset
-from llmc.passes.precision.block_formats import BlockFormat, BlockRounded
-from llmc.passes.precision.quantize_weights import packed
+from llmc.passes.precision.block_formats import BlockFormat, WeightInBlocks, round_weight
+from llmc.passes.precision.rounding.parts import NotFiniteError
 from llmc.passes.precision.selection import SelectivePass
 from llmc.passes.precision.weight_sites import WeightSite, weight_sites
 
@@ -58,7 +59,7 @@ class QuantizeBlocks(SelectivePass):
         result = PassResult()
         sites = self._survey(graph, result)
         reach = self.reach(graph, sites, context) if self.activations and sites else {}
-        insert = Inserter(graph, self.format)
+        insert = Inserter(graph, self.format, context)
         for site in sites:
             self._quantize(site, insert, reach, context, result)
         insert.finish()
@@ -99,7 +100,7 @@ class QuantizeBlocks(SelectivePass):
             return
         if rounded is not None:
             result.scales.count(rounded.scale)
-            result.scales.clipped[site.weight.name] = rounded.clipped(site.matrix())
+            result.scales.clipped[site.weight.name] = rounded.clipped
         activation = self._activation(insert, site, reach) if self.activations else None
         insert.replace(site, rounded, activation)
         result.asked[site.node.name] = self.format.numpy.name + ("" if self.activations else " weights")
@@ -116,8 +117,8 @@ class QuantizeBlocks(SelectivePass):
 class Inserter:
     """Puts nodes before the products that use them; weights and activations once each."""
 
-    def __init__(self, graph: Graph, form: BlockFormat) -> None:
-        self.graph, self.format = graph, form
+    def __init__(self, graph: Graph, form: BlockFormat, context: Context) -> None:
+        self.graph, self.format, self.context = graph, form, context
         self.fresh = fresh_names(graph)
         self.weights: dict[tuple[int, int], Variable] = {}
         """(id of a weight, its depth axis) → what DequantizeLinear gives."""
@@ -128,20 +129,19 @@ class Inserter:
         self.before: dict[int, list[Node]] = {}
         """id of a node → nodes that must stand before it."""
 
-    def rounded(self, site: WeightSite) -> tuple[BlockRounded | None, str]:
+    def rounded(self, site: WeightSite) -> tuple[WeightInBlocks | None, str]:
         """The weight in the format, None where it has been made before; and what the report says of it."""
         weight = site.weight
         if (id(weight), site.depth_axis) in self.weights:
             return None, f"'{weight.name}' as before"
-        matrix = site.matrix().astype(np.float32)
-        if not np.isfinite(matrix).all():
-            raise LlmcError(f"weight '{weight.name}' of {site.node.name} has NaN or infinity: it cannot be quantized")
-        rounded = self.format.round(matrix)
-        whole = float(np.linalg.norm(matrix))
-        moved = float(np.linalg.norm(rounded.matrix() - matrix)) / whole if whole else 0.0
-        return rounded, f"'{weight.name}' moved by {moved:.2%}"
+        try:
+            rounded = round_weight(load_values(weight), site.depth_axis, self.format)
+        except NotFiniteError as error:
+            place = f"'{weight.name}' of {site.node.name}"
+            raise LlmcError(f"weight {place} has NaN or infinity: it cannot be quantized") from error
+        return rounded, f"'{weight.name}' moved by {rounded.moved:.2%}"
 
-    def replace(self, site: WeightSite, rounded: BlockRounded | None, activation: Variable | None) -> None:
+    def replace(self, site: WeightSite, rounded: WeightInBlocks | None, activation: Variable | None) -> None:
         """Let the site's node multiply what is dequantized."""
         if rounded is not None:
             self.weights[id(site.weight), site.depth_axis] = self._weight(site, rounded)
@@ -151,13 +151,13 @@ class Inserter:
             edges.append((site.node, 1 - site.position, activation))
         rewire([*edges, (site.node, site.position, weight)])
 
-    def _weight(self, site: WeightSite, rounded: BlockRounded) -> Variable:
+    def _weight(self, site: WeightSite, rounded: WeightInBlocks) -> Variable:
         weight, name = site.weight, f"{site.weight.name}_{self.format.name}"
-        elements = site.shaped(rounded.elements.reshape(len(rounded.elements), -1))
-        scale: Tensor = Constant(self.fresh(f"{name}_scale"), site.shaped(rounded.stored))
+        scales = self.context.keep(self.format.scale_dtype, rounded.stored)
+        scale: Tensor = Constant(self.fresh(f"{name}_scale"), scales)
         if self.format.two_levels:
             scale = self.scale_of(scale, rounded.whole, site, name)
-        stored = Constant(self.fresh(name), packed(elements))
+        stored = Constant(self.fresh(name), self.context.keep(self.format.dtype, rounded.elements))
         return self.dequantize(stored, scale, site, f"{name}_dequantized", weight.shape, site.depth_axis)
 
     def amax(self, site: WeightSite) -> Variable:

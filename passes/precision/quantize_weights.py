@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import numpy as np
-import onnx
 from pydantic import Field
 
 from llmc.passes.base import Context, LlmcError, NearMiss, Need, PassResult, Safety, Skip
@@ -18,7 +16,6 @@ from llmc.passes.graph import (
     Node,
     Tensor,
     Variable,
-    Weights,
     copy_graph,
     fresh_names,
     load_values,
@@ -33,11 +30,11 @@ from llmc.passes.opset import raise_opset
 from llmc.passes.precision.calibration import Calibration
 from llmc.passes.precision.channel_scaling import Refusal, divide, quotient
 from llmc.passes.precision.rounding import awq
-from llmc.passes.precision.rounding.gptq import gptq
+from llmc.passes.precision.rounding.gptq import Debts, gptq
 from llmc.passes.precision.rounding.grid import TYPES, Levels, Rounded, cover, nearest
 from llmc.passes.precision.rounding.hqq import fitted
 from llmc.passes.precision.rounding.moments import Moments, Source, batches, gather
-from llmc.passes.precision.rounding.parts import Levelled, round_in_parts
+from llmc.passes.precision.rounding.parts import Levelled, NotFiniteError, round_in_parts, round_rows
 from llmc.passes.precision.selection import SelectivePass
 from llmc.passes.precision.weight_sites import WeightSite, weight_sites
 
@@ -200,7 +197,11 @@ class _Run:
             moments = self._scale_channels(group, moments)
         for site in group.sites:
             key = (id(site.weight), site.depth_axis)
-            found = None if key in self.made else self._rounded(site, group.levels, moments)
+            try:
+                found = None if key in self.made else self._rounded(site, group.levels, moments)
+            except NotFiniteError as error:
+                place = f"'{site.weight.name}' of {site.node.name}"
+                raise LlmcError(f"quantize-weights: weight {place} has NaN or infinity") from error
             detail = f"'{site.weight.name}' " + ("as before" if found is None else self._told(found))
             if not self.context.apply(self.done, "QuantizeWeights", site.node, detail):
                 continue
@@ -214,23 +215,16 @@ class _Run:
     def _rounded(self, site: WeightSite, levels: Levels, moments: Moments | None) -> Levelled:
         if moments is None:
             fit = cover if self.step.method == "rtn" else fitted
-            try:
-                return round_in_parts(load_values(site.weight), site.depth_axis, levels, fit)
-            except ValueError as error:
-                raise self._unusable(site) from error
-        matrix, hessian = site.matrix().astype(np.float32), moments.hessian
-        if not np.isfinite(matrix).all():
-            raise self._unusable(site)
-        if self.step.method == "gptq":
-            rounded = gptq(matrix, awq.clip(matrix, levels, hessian), hessian)
-        else:
-            rounded = nearest(matrix, levels, awq.clip_together(matrix, levels, hessian))
-        grid, integers = rounded.grid, site.shaped(rounded.integers)
-        scale, zero = site.shaped(grid.scale), site.shaped(grid.zero)
-        return Levelled(integers, scale, zero, grid.clipped(matrix), relative_error(matrix, rounded, hessian))
+            return round_in_parts(load_values(site.weight), site.depth_axis, levels, fit)
+        hessian = moments.hessian
+        debts = Debts.of(hessian) if self.step.method == "gptq" else None
 
-    def _unusable(self, site: WeightSite) -> LlmcError:
-        return LlmcError(f"quantize-weights: weight '{site.weight.name}' of {site.node.name} has NaN or infinity")
+        def rounding(rows: Array) -> Rounded:
+            if debts is not None:
+                return gptq(rows, awq.clip(rows, levels, hessian), debts)
+            return nearest(rows, levels, awq.clip_together(rows, levels, hessian))
+
+        return round_rows(load_values(site.weight), site.depth_axis, levels, rounding, hessian)
 
     def _told(self, found: Levelled) -> str:
         """What the report says of it."""
@@ -317,27 +311,8 @@ class _Run:
         self.before.clear()
 
 
-def relative_error(matrix: Array, rounded: Rounded, hessian: Array | None) -> float:
-    """What rounding moved, as a part of what there was: of the weight, or with a Hessian of its output."""
-    moved = rounded.matrix() - matrix
-
-    def size(values: Array) -> float:
-        return float(np.sqrt(((values if hessian is None else values @ hessian) * values).sum(dtype=np.float64)))
-
-    whole = size(matrix)
-    return size(moved) / whole if whole else 0.0
-
-
 def _spread(site: WeightSite, scales: Array) -> Array:
     """[depth], in a shape that broadcasts with the weight."""
     shape = [1] * len(site.weight.shape)
     shape[site.depth_axis] = -1
     return scales.reshape(shape)
-
-
-def packed(values: Array) -> Array | Weights:
-    """4-bit values two a byte, as ONNX stores them; others as they are."""
-    if values.dtype.name not in ("int4", "uint4", "float4_e2m1fn"):
-        return values
-    proto = onnx.numpy_helper.from_array(values)
-    return Weights(proto.data_type, values.shape, proto)

@@ -8,6 +8,7 @@ from math import prod
 from typing import ClassVar, Literal
 
 import numpy as np
+import onnx
 from pydantic import Field
 
 from llmc.kernels.codebook_matmul.reference import pack
@@ -29,6 +30,7 @@ from llmc.passes.opset import raise_opset
 from llmc.passes.placement import Placement
 from llmc.passes.precision.calibration import Calibration
 from llmc.passes.precision.equal_weights import digest_of, share_equal
+from llmc.passes.precision.in_parts import on_every_core, row_slices
 from llmc.passes.precision.rounding.codebooks import Layout, Shared, share
 from llmc.passes.precision.rounding.moments import Moments, Source, gather
 from llmc.passes.precision.selection import SelectivePass
@@ -123,7 +125,8 @@ class _Run:
         self.placement = Placement(self.graph, outputs_of_scopes(self.graph))
         for batch, moments in self._calibrated(weights):
             for weight in batch:
-                self._share(weight, np.sum([moments[source].products for source in weight.sources], axis=0))
+                first, *others = (moments[source].products for source in weight.sources)
+                self._share(weight, sum(others, first))
         self.placement.finish()
 
     def _wanted(self) -> list[_Weight]:
@@ -164,8 +167,8 @@ class _Run:
 
     def _share(self, weight: _Weight, hessian: Array) -> None:
         site = weight.sites[0]
-        matrix = site.matrix().astype(np.float32)
-        if not np.isfinite(matrix).all():
+        matrix = site.matrix()
+        if not all(on_every_core(lambda rows: bool(np.isfinite(matrix[rows]).all()), row_slices(matrix.shape))):
             raise LlmcError(f"share-weights: weight '{site.weight.name}' of {site.node.name} has NaN or infinity")
         dtype = site.weight.dtype
         layout = self.step.layout(*matrix.shape)
@@ -176,14 +179,19 @@ class _Run:
             self.done.kept.update((site.node.name, reason) for site in weight.sites)
             return
         name = site.weight.name
-        packed = Constant(self.fresh(f"{name}_indices"), pack(shared.indices, self.bits))
-        codebook = Constant(self.fresh(f"{name}_codebook"), shared.codebooks.astype(dtype))
+        packed = self._kept(f"{name}_indices", _packed(shared.indices, self.bits))
+        codebook = self._kept(f"{name}_codebook", shared.codebooks.astype(dtype))
         count = "one codebook" if layout.count == 1 else f"{layout.count} codebooks"
         detail = f"'{name}' in {count} of {1 << self.bits} values: moves its output by {error:.2%}"
         for site in weight.sites:
             if self.context.apply(self.done, "ShareWeights", site.node, detail):
                 self._replace(site, packed, codebook)
                 self.done.asked[site.node.name] = f"int{self.bits} weights"
+
+    def _kept(self, name: str, values: Array) -> Constant:
+        """A constant whose bytes stand where the run keeps large ones."""
+        kind = int(onnx.helper.np_dtype_to_tensor_dtype(values.dtype))
+        return Constant(self.fresh(name), self.context.keep(kind, values))
 
     def _replace(self, site: WeightSite, packed: Constant, codebook: Constant) -> None:
         """CodebookMatMul in the place of the site's node, whose result it takes over."""
@@ -215,8 +223,17 @@ def _obstacle(site: WeightSite) -> str:
     return "" if prod(site.weight.shape) else "its weight is empty"
 
 
+def _packed(indices: Array, bits: int) -> Array:
+    return np.concatenate(on_every_core(lambda rows: pack(indices[rows], bits), row_slices(indices.shape)))
+
+
 def _relative_error(matrix: Array, shared: Shared, hessian: Array) -> float:
     """L2 norm of what sharing moves the output by, over that of the output."""
-    moved = shared.matrix() - matrix
-    noise, signal = (float(((rows @ hessian) * rows).sum(dtype=np.float64)) for rows in (moved, matrix))
+
+    def sums(part: slice) -> Array:
+        rows = matrix[part].astype(np.float32)
+        moved = shared.rows(part) - rows
+        return np.array([((values @ hessian) * values).sum(dtype=np.float64) for values in (moved, rows)])
+
+    noise, signal = map(float, np.sum(on_every_core(sums, row_slices(matrix.shape)), axis=0))
     return (noise / signal) ** 0.5 if signal > 0 else 0.0

@@ -49,6 +49,8 @@ class Job:
     sources: tuple[str, ...] = ("onnx", "hf")
     cast: str = ""
     """The pass that is timed alone too, from file to file."""
+    mode: str = ""
+    """Of verification; '': as the command line says."""
 
 
 JOBS = (
@@ -57,6 +59,12 @@ JOBS = (
     Job("convert", "[{recipe: optimize}, convert-bf16]", 2.5, cast="convert-bf16"),
     Job("convert-float32", "[{recipe: optimize}, convert-fp16]", 2.5, dtype="float32", cast="convert-fp16"),
     Job("int4", "[{recipe: optimize}, {quantize-weights: {method: rtn}}, eliminate-dead]", 2.5),
+    Job(
+        "int8",
+        "[{recipe: optimize}, {quantize-int8: {calibration: {samples: 16}}}, eliminate-dead]",
+        2.5,
+        mode="local",
+    ),
 )
 SLOWEST = 2.0
 """Copies of the source that a cast may take."""
@@ -190,7 +198,8 @@ def compile_model(job: Job, source: Path, folder: Path, limit: Limit | None, opt
     for name in ("cache", "out", "out.failed"):
         shutil.rmtree(folder / name, ignore_errors=True)
     recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.format(passes=job.passes, samples=options.samples, mode=options.mode), encoding="utf-8")
+    mode = job.mode or options.mode
+    recipe.write_text(RECIPE.format(passes=job.passes, samples=options.samples, mode=mode), encoding="utf-8")
     forget(source)
     command = [sys.executable, "-m", "llmc.compiler", "compile", str(source), "--recipe", str(recipe)]
     command += ["-o", str(folder / "out")]

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.passes.graph import Array
-from llmc.passes.precision.rounding.gptq import one_after_another
+from llmc.passes.precision.in_parts import on_every_core, row_slices, slices
+from llmc.passes.precision.rounding.gptq import Debts, one_after_another
 
+VALUES = 1 << 21
+"""That are shared at a time, where more than one codebook is made."""
 ITERATIONS = 50
 """Of k-means; on a line it has all but settled by then."""
 
@@ -43,7 +46,12 @@ class Shared:
 
     def matrix(self) -> Array:
         """What the indices stand for: float32 [rows, depth]."""
-        return self.codebooks[(*_books(self.indices.shape, self.codebooks), self.indices)]
+        return self.rows(slice(None))
+
+    def rows(self, rows: slice) -> Array:
+        """The same of some rows."""
+        group, block = _books(self.indices.shape, self.codebooks)
+        return self.codebooks[group[rows], block, self.indices[rows]]
 
 
 def _books(shape: tuple[int, ...], codebooks: Array) -> tuple[Array, Array]:
@@ -58,18 +66,28 @@ def share(matrix: Array, layout: Layout, entries: int, hessian: Array) -> Shared
     The codebooks make Σ H[k,k]·Δ[n,k]² least; the values are then replaced one after another, each time moving those
     that are left so as to make up for it (GPTQ).
     """
-    matrix = matrix.astype(np.float32, copy=False)
-    importance = np.broadcast_to(np.diag(hessian).astype(np.float32), matrix.shape)
-    books = kmeans(layout.parts(matrix), layout.parts(importance), entries)
-    codebooks = books.reshape(layout.groups, layout.blocks, entries)
+    importance, debts = np.diag(hessian).astype(np.float32), Debts.of(hessian)
+    each = len(matrix) // layout.groups
+
+    def books(groups: slice) -> Array:
+        part = Layout(groups.stop - groups.start, layout.blocks)
+        rows = matrix[groups.start * each : groups.stop * each].astype(np.float32)
+        found = kmeans(part.parts(rows), part.parts(np.broadcast_to(importance, rows.shape)), entries)
+        return found.reshape(part.groups, part.blocks, entries)
+
+    per_group = each * matrix.shape[1]
+    codebooks = np.concatenate(on_every_core(books, slices(layout.groups, VALUES // max(per_group, 1))))
     group, block = (index.ravel() for index in _books(matrix.shape, codebooks))
     midpoints = (codebooks[..., 1:] + codebooks[..., :-1]) / 2
 
-    def nearest(column: int, values: Array) -> tuple[Array, Array]:
-        indices = (values[:, None] > midpoints[group, block[column]]).sum(axis=1)
-        return indices, codebooks[group, block[column], indices]
+    def indices(rows: slice) -> Array:
+        def nearest(column: int, values: Array) -> tuple[Array, Array]:
+            found = (values[:, None] > midpoints[group[rows], block[column]]).sum(axis=1)
+            return found, codebooks[group[rows], block[column], found]
 
-    return Shared(one_after_another(matrix, hessian, nearest).astype(np.uint8), codebooks)
+        return one_after_another(matrix[rows], debts, nearest).astype(np.uint8)
+
+    return Shared(np.concatenate(on_every_core(indices, row_slices(matrix.shape, VALUES))), codebooks)
 
 
 def kmeans(values: Array, weights: Array, entries: int) -> Array:

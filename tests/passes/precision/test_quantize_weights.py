@@ -179,10 +179,8 @@ def test_the_report_has_the_spread_of_scales_and_what_is_beyond_the_levels(metho
 @pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.uint4])
 def test_four_bits_are_packed_as_onnx_says(count, dtype):
     """Two values a byte, the first in the low half; and back exactly."""
-    from llmc.passes.precision.quantize_weights import packed
-
     values = (np.random.default_rng(0).integers(0, 16, count) - (8 if dtype == ml_dtypes.int4 else 0)).astype(dtype)
-    held = packed(values)
+    held = Context().keep(onnx.helper.np_dtype_to_tensor_dtype(values.dtype), values)
     assert held.source.raw_data[0] & 0x0F == int(values[0]) & 0x0F
     assert held.nbytes == len(held.source.raw_data) == (count + 1) // 2
     assert np.array_equal(held.load(), values)

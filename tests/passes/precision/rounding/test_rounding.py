@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as npst
 
 from llmc.passes.graph import Array
 from llmc.passes.precision.rounding import awq
-from llmc.passes.precision.rounding.gptq import gptq
+from llmc.passes.precision.rounding.gptq import Debts, gptq
 from llmc.passes.precision.rounding.grid import Levels, Rounded, cover, fit, nearest, positive
 from llmc.passes.precision.rounding.hqq import NORM, hqq
 from llmc.passes.precision.rounding.moments import Moments, Source, batches
@@ -75,7 +75,7 @@ def test_gptq_with_activations_that_are_independent_rounds_to_nearest(matrix, bi
     """H = size · I: no value can make up for another. Exactly: each off-diagonal product is 0."""
     levels = Levels(bits, block, symmetric)
     grid = cover(matrix, levels)
-    found = gptq(matrix, grid, size * np.eye(32, dtype=np.float32))
+    found = gptq(matrix, grid, Debts.of(size * np.eye(32, dtype=np.float32)))
     assert np.array_equal(found.integers, nearest(matrix, levels, grid).integers)
 
 
@@ -94,7 +94,7 @@ def test_each_calibrated_step_lowers_the_error_of_the_output(block, symmetric):
         "clip": output_error(matrix, nearest(matrix, levels, clipped).matrix(), activations),
         "together": output_error(matrix, nearest(matrix, levels, together).matrix(), activations),
         "awq": output_error(matrix, scaled.matrix() / scales, activations),
-        "gptq": output_error(matrix, gptq(matrix, clipped, known.hessian).matrix(), activations),
+        "gptq": output_error(matrix, gptq(matrix, clipped, Debts.of(known.hessian)).matrix(), activations),
     }
     assert errors["rtn"] > errors["clip"] >= errors["together"] > errors["awq"], errors
     assert (errors["clip"] > errors["together"]) == (block < 64), "one block has no others to regard"
@@ -133,16 +133,16 @@ def test_gptq_is_what_its_definition_gives():
                 damped[np.ix_(rest, rest)], damped[rest, first] * (values[first] - level * scale)
             )
             left = rest
-    assert np.array_equal(gptq(matrix, grid, hessian).integers.astype(np.float64), expected)
+    assert np.array_equal(gptq(matrix, grid, Debts.of(hessian)).integers.astype(np.float64), expected)
 
 
 def test_strides_change_nothing(monkeypatch):
     """Up to rounding in float32, which decides where a value lies between two levels: all but a few agree."""
     matrix, activations = outliers(depth=64)
     levels, hessian = Levels(4, 16), moments(activations).hessian
-    whole = gptq(matrix, cover(matrix, levels), hessian)
+    whole = gptq(matrix, cover(matrix, levels), Debts.of(hessian))
     monkeypatch.setattr("llmc.passes.precision.rounding.gptq.STRIDE", 5)
-    assert (gptq(matrix, cover(matrix, levels), hessian).integers == whole.integers).mean() > 0.99
+    assert (gptq(matrix, cover(matrix, levels), Debts.of(hessian)).integers == whole.integers).mean() > 0.99
 
 
 @settings(deadline=None, max_examples=30)
