@@ -64,14 +64,14 @@ class RewritePass(Pass):
             for rule in self.rules:
                 if places.have(rule.heart.op):
                     context.infer_shapes(graph)
-                    apply_rule(rule, graph, context, result, self.newest_opset(), places)
+                    apply_rule(rule, graph, context, result, self.newest_opset(graph), places)
             if not self.repeat or len(result.rewrites) == before:
                 break
         _drop_explained(result)
         return result
 
-    def newest_opset(self) -> int:
-        """To which the rules may raise the graph."""
+    def newest_opset(self, graph: Graph) -> int:  # noqa: ARG002 - for passes that look at the graph
+        """To which the rules may raise `graph`."""
         return NEWEST_OPSET
 
 

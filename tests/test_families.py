@@ -7,6 +7,7 @@ The truth is torch: its outputs, and the tokens of transformers' `generate`. doc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -126,6 +127,9 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
+NATIVE = {"Llama", "Mistral", "Qwen2"}
+NATIVE_OPERATORS = {"Attention": 2, "RMSNormalization": 5, "RotaryEmbedding": 4, "Swish": 2, "Softmax": 0, "Split": 2}
+"""Of their two layers, and the norm behind these."""
 GROWING_ONLY = {"DeepSeek-V3, latent attention": "Split"}
 """Families whose cache stays a growing one, and the operator that keeps it so."""
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -513,6 +517,9 @@ def test_growing_cache(family: Callable[[str], Family], rows: list[Row], name: s
     varied = [len(np.unique(generated(found.model, *prompts(lengths)))) for lengths in LENGTHS.values()]
     assert min(varied) > 4, "tokens that hardly vary show nothing"
     equal_tokens(found, found.growing)
+    if name in NATIVE:
+        operators = Counter(node.op for node in found.growing.nodes)
+        assert {op: operators[op] for op in NATIVE_OPERATORS} == NATIVE_OPERATORS
     rows.append(row(found, "growing", found.growing, tokens=f"{TOKENS}", tensorrt="needs static"))
 
 

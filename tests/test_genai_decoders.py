@@ -374,15 +374,14 @@ DECODERS: dict[str, tuple[Decoder, int]] = {
     "qwen3": (QWEN3, 25),
     "qwen3-shared": (replace(QWEN3, shared=True), 23),
     "gemma": (replace(LLAMA, key_value_heads=1, gelu=True, embedding_scale=HIDDEN**0.5), 23),
-    "phi3-multi-head": (replace(LLAMA, key_value_heads=4, grouped=False, packed=False, rotary_inside=False), 22),
-    "llama-multi-head": (replace(LLAMA, grouped=False, packed=False, rotary_inside=False), 33),
+    "phi3-multi-head": (replace(LLAMA, key_value_heads=4, grouped=False, packed=False, rotary_inside=False), 21),
+    "llama-multi-head": (replace(LLAMA, grouped=False, packed=False, rotary_inside=False), 32),
 }
 """And the nodes of a layer that the passes leave.
 
-22, of which the bias of Qwen2 and the two norms of heads of Qwen3 are one and two more; less where Swish is one node,
-which opset 24 has, that TensorScatter needs. Two more are the Pad of caches that grow where sequences of a batch may
-differ in length: `padded: false` spares them (below). MultiHeadAttention's opset is 23. Where keys and values are
-repeated for their groups, they stay so, which a near miss says.
+21; the bias of Qwen2 and the two norms of heads of Qwen3 are one and two more. Two more are the Pad of caches that grow
+where sequences of a batch may differ in length: `padded: false` spares them (below). Where keys and values are repeated
+for their groups, they stay so, which a near miss says.
 """
 
 

@@ -60,21 +60,18 @@ COMMON = {
 GROUPED = {**COMMON, "num_key_value_heads": 2}
 GPT2 = {"n_embd": HIDDEN, "n_head": HEADS, "n_positions": 64, **{k: v for k, v in COMMON.items() if "token" in k}}
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", 22, GROUPED),
-    "mistral": Family("MistralForCausalLM", 22, {**GROUPED, "sliding_window": 4}),
-    "qwen2": Family("Qwen2ForCausalLM", 23, GROUPED),
-    "qwen3": Family("Qwen3ForCausalLM", 24, {**GROUPED, "head_dim": 8}, norms=4),
+    "llama": Family("LlamaForCausalLM", 21, GROUPED),
+    "mistral": Family("MistralForCausalLM", 21, {**GROUPED, "sliding_window": 4}),
+    "qwen2": Family("Qwen2ForCausalLM", 22, GROUPED),
+    "qwen3": Family("Qwen3ForCausalLM", 23, {**GROUPED, "head_dim": 8}, norms=4),
     "gemma": Family("GemmaForCausalLM", 21, {**GROUPED, "num_key_value_heads": 1, "head_dim": 8}),
-    "phi3": Family("Phi3ForCausalLM", 22, GROUPED),
+    "phi3": Family("Phi3ForCausalLM", 21, GROUPED),
     "gpt2": Family(
         "GPT2LMHeadModel", 21, {**GPT2, "vocab_size": VOCABULARY}, "LayerNormalization", 2, 0, layers="n_layer"
     ),
     "gpt_neox": Family("GPTNeoXForCausalLM", 23, {**COMMON, "rotary_pct": 0.5}, "LayerNormalization"),
 }
-"""The biases of Qwen2, one node, and the norms of Qwen3's heads, two, come on top of 22, and of GPT-NeoX's four.
-
-Swish would make one node of Sigmoid and Mul, but raise the opset to 24 (`fuse-swish: {raise_opset: true}`).
-"""
+"""The biases of Qwen2, one node, and the norms of Qwen3's heads, two, come on top of 21, and of GPT-NeoX's four."""
 FAST = {("llama", "eager", 14), ("phi3", "sdpa", 14), ("gpt2", "sdpa", 18), ("gpt_neox", "eager", 14)}
 CASES = [
     pytest.param(

@@ -8,8 +8,11 @@ import numpy as np
 import onnx
 from pydantic import Field
 
-from llmc.passes.graph import onnx_dtype
+from llmc.passes.graph import Graph, onnx_dtype
 from llmc.passes.rewrite import NEWEST_OPSET, Attribute, Rewrite, RewritePass, Scalar
+
+_RAISED_FROM = 23
+"""Attention, RMSNormalization and RotaryEmbedding are of opset 23: graphs with them are for late runtimes already."""
 
 
 class _ToSwish(Rewrite):
@@ -138,9 +141,10 @@ class FuseSwish(RewritePass):
     `Mul(x, HardSigmoid(x, alpha=1/6, beta=1/2))` and `Div(Mul(x, Clip(Add(x, 3), 0, 6)), 6)` → `HardSwish(x)`;
     `Mul(x, Tanh(Softplus(x)))` → `Mish(x)`.
 
-    Swish came with opset 24. A graph of an older one keeps Mul and Sigmoid unless it may be raised: TensorRT makes one
-    kernel of both forms, and older runtimes do not read opset 24. One of a newer opset keeps them too: ONNX Runtime has
-    no kernel for Swish, and above opset 24 ONNX gives it no body to take instead.
+    Swish came with opset 24, to which a graph of 23, which is for late runtimes already, is raised. One of an older
+    opset keeps Mul and Sigmoid unless it may be raised: TensorRT makes one kernel of both forms, and older runtimes do
+    not read opset 24. One of a newer opset keeps them too: ONNX Runtime has no kernel for Swish, and above opset 24
+    ONNX gives it no body to take instead.
 
     **Safety:** tolerance; the same function, rounded fewer times (float32: 1e-6 of the largest value).
 
@@ -151,7 +155,9 @@ class FuseSwish(RewritePass):
     after: ClassVar = ("fold-constants",)
     safety: ClassVar = "tolerance"
 
-    raise_opset: bool = Field(False, description="Raise the graph to opset 24 where that makes room for Swish.")
+    raise_opset: bool = Field(
+        False, description="Raise a graph of any older opset, not of 23 alone, to 24 where that makes room for Swish."
+    )
 
     rules: ClassVar = (
         HardSwishFromHardSigmoid(),
@@ -163,5 +169,5 @@ class FuseSwish(RewritePass):
         SwishAlpha(),
     )
 
-    def newest_opset(self) -> int:
-        return NEWEST_OPSET if self.raise_opset else MishFromSoftplus.opset
+    def newest_opset(self, graph: Graph) -> int:
+        return NEWEST_OPSET if self.raise_opset or graph.opset >= _RAISED_FROM else MishFromSoftplus.opset

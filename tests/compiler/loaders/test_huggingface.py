@@ -42,6 +42,8 @@ RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
 MODERNBERT = {**TEXT, **{f"{name}_token_id": 1 for name in ("pad", "bos", "eos", "cls", "sep")}}
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
+SMALL = {**TEXT, "num_hidden_layers": 1}
+"""Where it is not the export that is tested."""
 Save = Callable[[Any], Path]
 
 
@@ -247,6 +249,7 @@ def sentences(minilm: Path) -> dict[str, Array]:
     return {name: tokens[name] for name in (IDS, MASK, TYPES)}
 
 
+@pytest.mark.slow  # tests/test_minilm.py has the same export, and what is compiled of it
 def test_minilm(minilm: Path, sentences: dict[str, Array]) -> None:
     phases: list[str] = []
     loaded = load(str(minilm), progress=phases.append)
@@ -286,7 +289,7 @@ def test_missing_weights_are_never_made_up(bert: tuple[Path, Loaded]) -> None:
 
 
 def test_missing_weights_that_no_output_needs(save: Save) -> None:
-    loaded = load(str(save(make("BertForMaskedLM", TEXT))), task="feature-extraction")  # has no pooler
+    loaded = load(str(save(make("BertForMaskedLM", SMALL))), task="feature-extraction")  # has no pooler
     assert [tensor.name for tensor in loaded.graph.outputs] == FEATURES
 
 
@@ -347,7 +350,7 @@ def test_weights_of_another_shape(save: Save) -> None:
 @pytest.fixture
 def foreign(save: Save, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A checkpoint whose class stands in its own folder, and leaves a mark when it is imported."""
-    folder = save(make("BertModel", TEXT))
+    folder = save(make("BertModel", SMALL))
     config = json.loads((folder / "config.json").read_text())
     config |= {"architectures": ["OwnModel"], "auto_map": {"AutoModel": "modeling_own.OwnModel"}}
     (folder / "config.json").write_text(json.dumps(config))

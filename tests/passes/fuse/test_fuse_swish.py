@@ -119,9 +119,10 @@ def test_fires_inside_a_subgraph(parse: Any) -> None:
     assert [node.op for node in graph.nodes[0].attrs["then_branch"].nodes] == ["Swish"]
 
 
-def test_the_opset_is_raised_only_where_asked_for(leaves_alone: Any, fires: Any) -> None:
-    reason = "it needs opset 24, and the graph of opset 23 is not to be raised"
-    leaves_alone(FuseSwish(), model(SILU), reason, opset=23)
+def test_an_opset_below_23_is_raised_only_where_asked_for(leaves_alone: Any, fires: Any) -> None:
+    reason = "it needs opset 24, and the graph of opset 22 is not to be raised"
+    leaves_alone(FuseSwish(), model(SILU), reason, opset=22)
+    fires(FuseSwish(), model(SILU), ["Swish"], opset=23)
     fires(FuseSwish(), model(SILU), ["Swish"], opset=24)
 
 
