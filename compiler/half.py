@@ -9,6 +9,8 @@ interface does not take, become float32, with a Cast inside.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx
 
 from llmc.passes.graph import Graph, Node, Tensor, Variable, copy_graph, infer_shapes, numpy_dtype, onnx_dtype, scopes
@@ -23,10 +25,16 @@ def has_halves(graph: Graph) -> bool:
     return any(onnx_dtype(t) in HALF for t in graph.tensors().values())
 
 
-def round_halves(graph: Graph) -> Graph:
-    """A copy of `graph` in which each float16 or bfloat16 operator computes in float32 and rounds its result once."""
+def round_halves(graph: Graph, extra_outputs: Collection[str] = ()) -> Graph:
+    """A copy of `graph` in which each float16 or bfloat16 operator computes in float32 and rounds its result once.
+
+    Those of the `extra_outputs` that are bfloat16 become outputs too.
+    """
     copy = copy_graph(graph)
     infer_shapes(copy)
+    own = {tensor.name for tensor in copy.outputs}
+    found = [t for name, t in copy.tensors().items() if name in extra_outputs and name not in own]
+    copy.outputs += [t for t in found if onnx_dtype(t) == onnx.TensorProto.BFLOAT16]
     for scope in scopes(copy):
         widened: dict[int, Tensor] = {}
         nodes: list[Node] = []

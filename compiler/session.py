@@ -37,7 +37,7 @@ class Session:
         self._static, self._int8 = StaticCache.of(graph), Int8Cache.of(graph)
         self._types = {tensor.name: numpy_dtype(onnx_dtype(tensor)) for tensor in graph.inputs}
         graph = spell_out(graph) if has_narrow(graph) else graph
-        structure = to_structure(round_halves(graph) if has_halves(graph) else graph)
+        structure = to_structure(round_halves(graph, extra_outputs) if has_halves(graph) else graph)
         present = {info.name for info in structure.model.graph.output}
         structure.model.graph.output.extend(
             onnx.ValueInfoProto(name=name) for name in dict.fromkeys(extra_outputs) if name not in present

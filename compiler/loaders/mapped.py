@@ -46,10 +46,9 @@ class PlacedWeights(Derived):
     def origin(self) -> tuple[FileRegion, str] | None:
         """As `Weights.origin`, transposed and widened ones too."""
         region = self._stored.region()
-        widened = f"from {dtype_name(self.place.dtype)}" if self.onnx_dtype != self.place.dtype else ""
-        return (
-            None if region is None else (region, f"{widened} {'transposed' if self.place.transposed else ''}".strip())
-        )
+        how = [f"from {dtype_name(self.place.dtype)}"] if self.onnx_dtype != self.place.dtype else []
+        how += ["transposed"] if self.place.transposed else []
+        return None if region is None else (region, " ".join(how))
 
     def blocks(self) -> Iterator[Array]:
         return self._values.blocks()

@@ -15,7 +15,6 @@ from llmc.passes.graph import (
     Node,
     Tensor,
     infer_shapes,
-    load_values,
     numpy_dtype,
     onnx_dtype,
     outputs_of_scopes,
@@ -24,7 +23,6 @@ from llmc.passes.graph import (
 )
 from llmc.passes.opset import raise_opset
 from llmc.passes.precision.half import (
-    FLOAT,
     NEEDS_FLOAT32,
     SQUARES,
     Form,
@@ -52,10 +50,10 @@ class ConvertHalf(Pass):
     half: ClassVar[Half]
     needs: ClassVar[tuple[Need, ...]] = ("activations",)
 
-    keep: list[Pattern] = Field([], description=f"Leave these nodes in float32: {LANGUAGE}.")
+    keep: list[Pattern] = Field([], description=f"Leave these nodes as they are: {LANGUAGE}.")
     inputs_outputs: Literal["keep", "convert"] = Field(
         "keep",
-        description="Whether inputs and outputs of the graph stay float32 or get 16 bits too; static caches do.",
+        description="Whether inputs and outputs of the graph stay as they are or change too; static caches do.",
     )
     margin: float = Field(
         4.0, ge=1, description="Headroom: how many times larger than measured an activation may become."
@@ -73,7 +71,8 @@ class ConvertHalf(Pass):
         infer_shapes(graph)
         decisions = _Decisions(self, graph, context, result)
         if not decisions.forms and not result.kept:
-            raise Skip("nothing in the graph is float32")
+            others = " or ".join(sorted(numpy_dtype(kind).name for kind in self.half.sources))
+            raise Skip(f"nothing in the graph is {others}")
         forms: dict[int, Form] = {}
         for node, form in decisions.to_convert():
             if not context.apply(result, self.key(), node, decisions.detail(node)):
@@ -98,7 +97,7 @@ class ConvertHalf(Pass):
         if graph.opset < self.half.opset and missing:
             problem = raise_opset(graph, self.half.opset)
             if problem is not None:
-                result.warnings.append(f"{' and '.join(sorted(set(missing)))} stay float32: {problem}")
+                result.warnings.append(f"{' and '.join(sorted(set(missing)))} stay as they are: {problem}")
 
     def border(self, graph: Graph, half: Collection[int]) -> set[int]:
         """Ids of the inputs and outputs that become float16 where these nodes do; static caches always do."""
@@ -110,9 +109,9 @@ class ConvertHalf(Pass):
 
 
 class _Decisions:
-    """Which nodes of the graph become 16 bits wide, and why the others do not.
+    """Which nodes of the graph change, and why the others do not.
 
-    `forms`: id of each outer node that has a form of 16 bits → that form. `misfits`: id of a tensor → why they cannot
+    `forms`: id of each outer node that has a form in `half` → that form. `misfits`: id of a tensor → why they cannot
     hold it. `masks`: ids of the nodes on the way from a number that stands for minus infinity to a softmax; `masked`:
     ids of the tensors between them.
     """
@@ -146,16 +145,16 @@ class _Decisions:
         self._keep_what_loses(context)
 
     def keep(self, node: Node, reason: str) -> None:
-        """Leave the node in float32; the first reason counts."""
+        """Leave the node as it is; the first reason counts."""
         if id(node) not in self.kept:
             self.kept[id(node)] = reason
             if node.op not in MOVE:
                 self.result.kept[node.name] = reason
 
     def to_convert(self) -> list[tuple[Node, Form]]:
-        """The nodes that become 16 bits wide, in graph order; data movement among float32 nodes is left with them."""
+        """The nodes that change, in graph order; data movement among those that do not is left with them."""
         half = {key for key in self.forms if key not in self.kept}
-        moved = self._moved_in_float32(half)
+        moved = self._moved_as_it_is(half)
         nodes = [node for node in self.graph.nodes if id(node) in half and id(node) not in moved]
         return [(node, self.forms[id(node)]) for node in nodes]
 
@@ -186,7 +185,7 @@ class _Decisions:
 
     def _is_fill(self, constant: Constant) -> bool:
         if id(constant) not in self._fills:
-            self._fills[id(constant)] = onnx_dtype(constant) == FLOAT and is_fill(constant, self.half)
+            self._fills[id(constant)] = onnx_dtype(constant) in self.half.sources and is_fill(constant, self.half)
         return self._fills[id(constant)]
 
     def _only_for_softmax(self, tensor: Tensor, leads: set[int]) -> bool:
@@ -220,7 +219,7 @@ class _Decisions:
             if reason is not None:
                 if id(node) in self.forms:
                     self.keep(node, reason)
-                wanted.update((id(t), reason) for t in node.inputs if t.inputs and onnx_dtype(t) == FLOAT)
+                wanted.update((id(t), reason) for t in node.inputs if t.inputs and onnx_dtype(t) in self.half.sources)
 
     def _holds_whole(self, what: str) -> str:
         return f"{self.half.name} holds {what} above {self.half.whole} to whole numbers at best"
@@ -260,7 +259,7 @@ class _Decisions:
                 self.keep(node, lossy.kept[node.name])
         half = self.half.name
         self.result.warnings += [
-            f"'{name}' is {loss:.2%} off on the data in {half}, and with {DEEPEST} nodes before it in float32 too"
+            f"'{name}' is {loss:.2%} off on the data in {half}, and with {DEEPEST} nodes before it as they are too"
             for name, loss in lossy.hopeless.items()
         ]
 
@@ -273,17 +272,14 @@ class _Decisions:
         if isinstance(tensor, Constant):
             if id(node) in self.masks and self._is_fill(tensor):
                 return ""
-            if (
-                node.op == "Clip"
-                and tensor is not node.inputs[0]
-                and magnitude(load_values(tensor)) > self.half.largest
-            ):
+            if node.op == "Clip" and tensor is not node.inputs[0] and magnitude(tensor) > self.half.largest:
                 return ""
             return misfit(tensor, self.half, scale=node.op in ("QuantizeLinear", "DequantizeLinear"))
         if id(tensor) in self.misfits:
             return self.misfits[id(tensor)]
         if id(tensor) in self.masked and id(tensor.inputs[0]) in self.kept:
-            return f"'{tensor.name}' holds float32 numbers that stand for minus infinity"
+            kind = numpy_dtype(onnx_dtype(tensor)).name
+            return f"'{tensor.name}' holds {kind} numbers that stand for minus infinity"
         peak = peaks.get(tensor.name, 0.0)
         if not isfinite(peak):
             return f"'{tensor.name}' is not finite on the data"
@@ -300,8 +296,8 @@ class _Decisions:
             self.keep(node, f"it squares '{node.inputs[0].name}', which reaches {peak:.4g} on the data")
 
     def _peaks(self, context: Context) -> Mapping[str, float]:
-        """Name → largest magnitude on the data, of the float32 tensors that are neither masks nor moved values."""
-        tensors = [t for t in self.graph.inputs if onnx_dtype(t) == FLOAT]
+        """Name → largest magnitude on the data, of the tensors to change that are neither masks nor moved values."""
+        tensors = [t for t in self.graph.inputs if onnx_dtype(t) in self.half.sources]
         for node in self.graph.nodes:
             if id(node) in self.forms and node.op not in MOVE:
                 tensors += [
@@ -312,8 +308,8 @@ class _Decisions:
             return {}
         return context.activations.absolute_maximum(self.graph, [t.name for t in tensors])
 
-    def _moved_in_float32(self, half: set[int]) -> set[int]:
-        """Data movement from float32 to float32: converting it would only add Casts."""
+    def _moved_as_it_is(self, half: set[int]) -> set[int]:
+        """Data movement between nodes that stay as they are: converting it would only add Casts."""
         halves: set[int] = set()
         halves.update(self.settings.border(self.graph, half) & {id(t) for t in self.graph.inputs})
         candidates: set[int] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,8 +17,8 @@ from llmc.passes.graph import (
     Elementwise,
     Node,
     Tensor,
+    blocks_of,
     constant_bytes,
-    load_values,
     numpy_dtype,
     onnx_dtype,
     specs,
@@ -25,11 +26,12 @@ from llmc.passes.graph import (
 from llmc.passes.simplify.evaluate import RANDOM
 
 FLOAT = onnx.TensorProto.FLOAT
+_FLOATS = frozenset({FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 
 
 @dataclass(frozen=True)
 class Half:
-    """A type of 16 bits that float32 tensors become."""
+    """A type of 16 bits that tensors of other float types become."""
 
     dtype: int
     """As ONNX numbers it."""
@@ -51,6 +53,11 @@ class Half:
         return numpy_dtype(self.dtype)
 
     @property
+    def sources(self) -> frozenset[int]:
+        """The types that become it, as ONNX numbers them: float32, and the other one of 16 bits."""
+        return _FLOATS - {self.dtype}
+
+    @property
     def fill(self) -> float:
         """Stands for minus infinity where scores are added to it: exp gives 0, and no sum of up to three masks with a
         score overflows to the infinity that would make a row of NaN."""
@@ -59,6 +66,7 @@ class Half:
 
 FLOAT16 = Half(onnx.TensorProto.FLOAT16, largest=65504.0, smallest=2.0**-14, whole=2048, opset=19)
 BFLOAT16 = Half(onnx.TensorProto.BFLOAT16, largest=3.3895313892515355e38, smallest=2.0**-126, whole=256, opset=22)
+_LARGEST = {half.dtype: half.largest for half in (FLOAT16, BFLOAT16)}
 COARSE = 2.0**-8
 """Relative error of a quantization scale that is too much: half a step of INT8 at the far end of its range."""
 UNKNOWN = 2.0**-4
@@ -91,17 +99,17 @@ SQUARES = {"InstanceNormalization", "LpNormalization", "MeanVarianceNormalizatio
 
 @dataclass(frozen=True)
 class Form:
-    """Positions of the inputs and outputs of a node that are float32 and become 16 bits wide with it."""
+    """Positions of the inputs and outputs of a node that have another float type and become `Half` with it."""
 
     inputs: frozenset[int]
     outputs: frozenset[int]
 
 
 def half_form(node: Node, opset: int, half: Half) -> Form | str | None:
-    """The node's form in `half`, why it has none, or None where it has no float32 tensor that matters to it."""
+    """The node's form in `half`, why it has none, or None where it has no tensor that matters to it of another float
+    type."""
     domain = "" if node.domain in (None, "ai.onnx") else node.domain
-    single = [t for t in (*node.inputs, *node.outputs) if t.name and onnx_dtype(t) == FLOAT]
-    if not single:
+    if not any(t.name and onnx_dtype(t) in half.sources for t in (*node.inputs, *node.outputs)):
         return None
     signature = _signature(node.op, domain, opset, half.name)
     if signature is None:
@@ -109,11 +117,12 @@ def half_form(node: Node, opset: int, half: Half) -> Form | str | None:
     since, formal_inputs, formal_outputs = signature
     loose = ANY_TYPE.get(node.op, set())
     left = LEFT_INPUTS.get(node.op, set()) | loose
-    inputs = _positions(node.inputs, formal_inputs) - left
-    outputs = _positions(node.outputs, formal_outputs)
+    inputs = _positions(node.inputs, formal_inputs, half) - left
+    outputs = _positions(node.outputs, formal_outputs, half)
     if not inputs and not outputs:
-        matters = any(onnx_dtype(t) == FLOAT and i not in loose for i, t in enumerate(node.inputs))
-        return f"{node.op}-{since} has no {half.name} form" if matters or _gives_float(node) else None
+        matters = any(onnx_dtype(t) in half.sources and i not in loose for i, t in enumerate(node.inputs))
+        gives = any(onnx_dtype(t) in half.sources for t in node.outputs)
+        return f"{node.op}-{since} has no {half.name} form" if matters or gives else None
     if node.op in ("ScatterElements", "ScatterND") and node.attrs.get("reduction", "none") != "none":
         return "it adds up any number of values"
     unknown = next((t.name for t in (*node.inputs, *node.outputs) if t.name and not onnx_dtype(t)), None)
@@ -124,16 +133,12 @@ def half_form(node: Node, opset: int, half: Half) -> Form | str | None:
     return Form(frozenset(inputs), frozenset(outputs))
 
 
-def _gives_float(node: Node) -> bool:
-    return any(onnx_dtype(t) == FLOAT for t in node.outputs)
-
-
-def _positions(tensors: list[Tensor], formal: tuple[bool, ...]) -> set[int]:
-    """Where a float32 tensor stands in a place that takes 16 bits too; the last formal place may repeat."""
+def _positions(tensors: list[Tensor], formal: tuple[bool, ...], half: Half) -> set[int]:
+    """Where a tensor of another float type stands in a place that takes `half` too; the last formal one may repeat."""
     return {
         i
         for i, tensor in enumerate(tensors)
-        if formal and tensor.name and onnx_dtype(tensor) == FLOAT and formal[min(i, len(formal) - 1)]
+        if formal and tensor.name and onnx_dtype(tensor) in half.sources and formal[min(i, len(formal) - 1)]
     }
 
 
@@ -156,50 +161,68 @@ def _signature(op: str, domain: str, opset: int, half: str) -> tuple[int, tuple[
 
 
 def misfit(constant: Constant, half: Half, *, scale: bool = False) -> str:
-    """Why `half` cannot stand for the constant's float32 values, '' where it can; `scale`s must be more exact."""
-    values = _finite(load_values(constant))
-    if not values.size:
-        return ""
-    largest = magnitude(values)
+    """Why `half` cannot stand for the constant's values, '' where it can; `scale`s must be more exact."""
+    largest = magnitude(constant)
     if largest > half.largest:
         return f"its constant '{constant.name}' reaches {largest:.4g}, {half.name} ends at {half.largest:.5g}"
     if _error(np.array([largest], np.float32), half) > UNKNOWN:
         return f"its constant '{constant.name}' is {largest:.4g}, too small for {half.name}"
-    if scale and _error(values, half) > COARSE:
-        return f"its scale '{constant.name}' goes down to {np.min(np.abs(values)):.4g}, too coarse in {half.name}"
+    if scale and any(_error(values, half) > COARSE for values in map(_finite, _blocks(constant))):
+        lowest = min(float(np.min(np.abs(values), initial=np.inf)) for values in map(_finite, _blocks(constant)))
+        return f"its scale '{constant.name}' goes down to {lowest:.4g}, too coarse in {half.name}"
     return ""
 
 
 def is_fill(constant: Constant, half: Half) -> bool:
     """Whether the constant holds numbers that stand for minus infinity, and none too large otherwise."""
-    values = load_values(constant)
-    return bool(values.size and np.min(values) < -half.largest and np.max(values) <= half.largest)
+    lowest, highest = _range(constant)
+    return lowest < -half.largest and highest <= half.largest
 
 
 def lowest_finite(constant: Constant) -> float:
     """The least of the constant's values that is not infinite; 0 where there is none."""
-    return float(np.min(_finite(load_values(constant)), initial=0.0))
+    return float(min((np.min(_finite(values), initial=0.0) for values in _blocks(constant)), default=0.0))
 
 
-def magnitude(values: Array) -> float:
-    """The largest absolute value of a non-empty array, without a copy of it."""
-    return float(max(np.max(values), -np.min(values)))
+def magnitude(constant: Constant) -> float:
+    """The largest of the constant's absolute values that are finite; 0 where there is none."""
+    lowest, highest = _range(constant)
+    if np.isfinite(lowest) and np.isfinite(highest):
+        return max(highest, -lowest)
+    return max(float(np.max(np.abs(_finite(values)), initial=0.0)) for values in _blocks(constant))
 
 
 def as_half(constant: Constant, name: str, half: Half, floor: float) -> Constant:
     """The constant in `half`, finite values below `floor` or above the largest brought there; infinities stay."""
+    fits = _LARGEST.get(onnx_dtype(constant), np.inf) <= min(half.largest, -floor)
 
     def change(values: Array) -> Array:
-        if values.size and (np.min(values) < floor or np.max(values) > half.largest):
-            values = np.where(np.isinf(values), values, np.clip(values, floor, half.largest))
-        return np.asarray(values).astype(half.numpy)
+        with np.errstate(invalid="ignore"):  # of NaN, which stays that
+            if fits:
+                return values.astype(half.numpy)
+            values = values.astype(np.float32, copy=False)
+            if values.size and not (floor <= np.min(values) and np.max(values) <= half.largest):
+                values = np.where(np.isinf(values), values, np.clip(values, floor, half.largest))
+            return np.asarray(values).astype(half.numpy)
 
     changed = Elementwise(half.dtype, constant._values, change)
     return Constant(name, changed.load() if constant_bytes(constant) < KEPT_FROM else changed)
 
 
+def _blocks(constant: Constant) -> Iterator[Array]:
+    """The values as float32, block by block."""
+    return (block.astype(np.float32, copy=False) for block in blocks_of(constant._values))
+
+
+def _range(constant: Constant) -> tuple[float, float]:
+    """The least and the largest value, NaN where there is one; zeros where there is no value."""
+    ends = [(np.min(values), np.max(values)) for values in _blocks(constant) if values.size]
+    return (float(np.min([low for low, _ in ends])), float(np.max([high for _, high in ends]))) if ends else (0.0, 0.0)
+
+
 def _finite(values: Array) -> Array:
-    return values if not values.size or np.isfinite(magnitude(values)) else values[np.isfinite(values)]
+    finite = np.isfinite(values)
+    return values if finite.all() else values[finite]
 
 
 def _error(values: Array, half: Half) -> float:

@@ -1,4 +1,4 @@
-"""What nodes lose in 16 bits: twins of them, fed with rounded values, beside them in the float32 graph."""
+"""What nodes lose in 16 bits: twins of them, fed with rounded values, beside them in the graph as it is."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llmc.passes.simplify.evaluate import MOVE
 SAMPLES = 4
 """Samples that losses are measured on: rounding is alike on all."""
 DEEPEST = 4
-"""Nodes in a row that may have to stay float32 for the sake of the last."""
+"""Nodes in a row that may have to stay as they are for the sake of the last."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A node to try, with the nodes before it that compute in float32 for its sake; none: it is 16 bits wide itself."""
+    """A node to try, with the nodes before it that stay as they are for its sake; none: it changes itself."""
 
     node: str
     exact: frozenset[str] = frozenset()
@@ -27,20 +27,20 @@ class Trial:
 
 @dataclass
 class Lossy:
-    """What has to stay float32, so that rounding does no more harm than it must."""
+    """What has to stay as it is, so that rounding does no more harm than it must."""
 
     kept: dict[str, str]
     """Node → why."""
     hopeless: dict[str, float]
-    """Node → its loss, where it stays as large whatever stays float32 before it."""
+    """Node → its loss, where it is as large whatever stays as it is before it."""
 
 
 def find_lossy(
     graph: Graph, nodes: Sequence[str], half: Half, limit: float, activations: Activations, *, border: bool
 ) -> Lossy:
-    """Which of the nodes lose more than `limit`, and the fewest before each that have to stay float32 with it.
+    """Which of the nodes lose more than `limit`, and the fewest before each that have to stay as they are with it.
 
-    With `border` the inputs of the graph become 16 bits wide too. `graph` is left as it is.
+    With `border` the inputs of the graph change too. `graph` is left as it is.
     """
     found = Lossy({}, {})
     trials = [Trial(name) for name in nodes]
@@ -58,11 +58,11 @@ def find_lossy(
                 reason = f"'{trial.node}' is {loss:.2%} off on the data with {half.name} before it"
                 for name in trial.exact:
                     found.kept.setdefault(name, reason)
-        trials = _widened(graph, above)
+        trials = _widened(graph, above, half)
     return found
 
 
-def _widened(graph: Graph, trials: Sequence[Trial]) -> list[Trial]:
+def _widened(graph: Graph, trials: Sequence[Trial], half: Half) -> list[Trial]:
     """The trials with one more node before each; all that only moves values on the way belongs to it."""
     by_name = {node.name: node for node in graph.nodes}
     wider = []
@@ -75,7 +75,8 @@ def _widened(graph: Graph, trials: Sequence[Trial]) -> list[Trial]:
         while waiting:
             tensor = waiting.pop()
             maker = tensor.inputs[0] if tensor.inputs else None
-            if maker is not None and maker.name not in exact and onnx_dtype(tensor) == FLOAT and maker.name in by_name:
+            changes = onnx_dtype(tensor) in half.sources
+            if changes and maker is not None and maker.name not in exact and maker.name in by_name:
                 exact.add(maker.name)
                 waiting += maker.inputs if maker.op in MOVE else []
         if exact != trial.exact:
@@ -88,10 +89,10 @@ def losses(
 ) -> list[float]:
     """For each trial the L2 norm of what rounding does to the node's results, over that of the results.
 
-    Rounded is what float32 nodes of the trial read from others, and where it has none, all that the node reads, and
-    what it gives. All other values are those of the float32 model on the data. Infinite where rounding makes an
-    infinity or NaN that float32 has not. `graph` is a copy to spoil; with `border` its inputs are rounded for float32
-    nodes too.
+    Rounded is what nodes of the trial that stay as they are read from others, and where it has none, all that the node
+    reads, and what it gives. All other values are those of the model as it is on the data. Infinite where rounding
+    makes an infinity or NaN that it has not. `graph` is a copy to spoil; with `border` its inputs are rounded for nodes
+    that stay too.
     """
     twins = _Twins(graph, half, border)
     measured = [twins.add(trial) for trial in trials]
@@ -111,7 +112,7 @@ class _Twins:
 
     def __init__(self, graph: Graph, half: Half, border: bool) -> None:
         self.half = half
-        self.float32 = set() if border else {id(tensor) for tensor in graph.inputs}
+        self.stay = set() if border else {id(tensor) for tensor in graph.inputs}
         self.fresh = fresh_names(graph)
         self.by_name = {node.name: node for node in graph.nodes}
         self.rounded: dict[int, Tensor] = {}
@@ -130,21 +131,26 @@ class _Twins:
             made.update((id(old), new) for old, new in zip(node.outputs, outputs, strict=True))
         result = self.by_name[trial.node].outputs[0]
         found = made[id(result)] if exact else self._round(made[id(result)])
+        result, found = self._wide(result), self._wide(found)
         off = self._node("Sub", [result, found], "off")
         return self._squares(result), self._squares(off)
 
     def _read(self, tensor: Tensor, exact: bool) -> Tensor:
-        """What a twin reads: rounded, unless it is no float32, or one that a float32 node finds as it was."""
-        as_it_was = isinstance(tensor, Constant) or id(tensor) in self.float32
-        return (
-            tensor if onnx_dtype(tensor) != FLOAT or not tensor.name or (exact and as_it_was) else self._round(tensor)
-        )
+        """What a twin reads: rounded, unless its type does not change, or a node that stays finds it as it was."""
+        as_it_was = isinstance(tensor, Constant) or id(tensor) in self.stay
+        changes = onnx_dtype(tensor) in self.half.sources and tensor.name
+        return self._round(tensor) if changes and not (exact and as_it_was) else tensor
 
     def _round(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self.rounded:
             narrow = self._node("Cast", [tensor], self.half.name, self.half.dtype, to=self.half.dtype)
-            self.rounded[id(tensor)] = self._node("Cast", [narrow], "rounded", to=FLOAT)
+            kind = onnx_dtype(tensor)
+            self.rounded[id(tensor)] = self._node("Cast", [narrow], "rounded", kind, to=kind)
         return self.rounded[id(tensor)]
+
+    def _wide(self, tensor: Tensor) -> Tensor:
+        """In float32, whose squares do not overflow."""
+        return tensor if onnx_dtype(tensor) == FLOAT else self._node("Cast", [tensor], "wide", to=FLOAT)
 
     def _squares(self, tensor: Tensor) -> str:
         return str(self._node("ReduceSumSquare", [tensor], "squares", keepdims=0).name)

@@ -1,10 +1,9 @@
-"""Gives float32 tensors of a graph a type of 16 bits, with Casts where the two meet."""
+"""Gives tensors of a graph, of other float types, one of 16 bits, with Casts where two types meet."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Set
 
 import numpy as np
 
@@ -24,15 +23,15 @@ from llmc.passes.graph import (
     rewire,
     scopes,
 )
-from llmc.passes.precision.half import ANY_TYPE, FLOAT, Form, Half, as_half
+from llmc.passes.precision.half import ANY_TYPE, Form, Half, as_half
 
 
 class Retyping:
     """One conversion of a graph, in place.
 
     `forms`: id of each node that is to compute in `half` → what of it changes. `masks`: ids of those whose lowest
-    numbers stand for minus infinity. `misfits`: ids of tensors that `half` cannot hold. `border`: ids of the inputs and
-    outputs of the graph that change too.
+    numbers stand for minus infinity. `misfits`: ids of tensors → why `half` cannot hold them. `border`: ids of the
+    inputs and outputs of the graph that change too.
     """
 
     def __init__(
@@ -41,14 +40,15 @@ class Retyping:
         half: Half,
         forms: Mapping[int, Form],
         masks: Collection[int],
-        misfits: Collection[int],
-        border: Collection[int],
+        misfits: Mapping[int, str],
+        border: Set[int],
     ) -> None:
         self.graph, self.half, self.forms = graph, half, forms
         self.masks, self.misfits, self.border = masks, misfits, border
         self.given_back = outputs_of_scopes(graph)
         self.fresh = fresh_names(graph)
-        self.converted: set[int] = set()
+        self.converted: dict[int, int] = {}
+        """id of a tensor → the type that it had."""
         self.casts: dict[tuple[int, int], Tensor] = {}
         self.after: dict[int, list[Node]] = defaultdict(list)
         """id of a node, or of the graph for its inputs → the Casts that stand right after it."""
@@ -56,7 +56,7 @@ class Retyping:
 
     def run(self) -> None:
         for tensor in self.graph.inputs:
-            if id(tensor) in self.border and onnx_dtype(tensor) == FLOAT and id(tensor) not in self.misfits:
+            if self._changes_at_border(tensor):
                 self._convert(tensor)
         for node in self.graph.nodes:
             if id(node) in self.forms:
@@ -71,11 +71,15 @@ class Retyping:
         self._drop_idle_casts()
 
     def _convert(self, tensor: Tensor) -> None:
+        self.converted[id(tensor)] = onnx_dtype(tensor)
         tensor.dtype = self.half.numpy
-        self.converted.add(id(tensor))
+
+    def _changes_at_border(self, tensor: Tensor) -> bool:
+        """Whether an input or output that is as it was is to change."""
+        return id(tensor) in self.border - self.misfits.keys() and onnx_dtype(tensor) in self.half.sources
 
     def _retype_results(self, node: Node, form: Form) -> None:
-        """Let a node make 16 bits, under a new name where the old one belongs to a float32 output."""
+        """Let a node make 16 bits, under a new name where the old one belongs to an output of the old type."""
         if node.op == "Cast":
             node.attrs["to"] = self.half.dtype
         if node.op == "DequantizeLinear" and node.attrs.get("output_dtype"):
@@ -86,22 +90,24 @@ class Retyping:
         for index in form.outputs:
             tensor = node.outputs[index]
             if id(tensor) in self.given_back and id(tensor) not in self.border:
-                self._convert(self._cast_back(node, index, self.half.dtype))
+                made = self._cast_back(node, index, self.half.dtype)
+                self.converted[id(made)] = onnx_dtype(tensor)
             else:
                 self._convert(tensor)
 
     def _retype_border(self) -> None:
-        """Let float32 results that are outputs of the graph be cast to 16 bits."""
-        for tensor in {id(t): t for t in self.graph.outputs if id(t) in self.border}.values():
-            if tensor.inputs and onnx_dtype(tensor) == FLOAT and id(tensor) not in self.misfits:
+        """Let results that are outputs of the graph and are as they were be cast to 16 bits."""
+        for tensor in {id(t): t for t in self.graph.outputs}.values():
+            if tensor.inputs and self._changes_at_border(tensor):
                 node = tensor.inputs[0]
-                self._cast_back(node, next(i for i, t in enumerate(node.outputs) if t is tensor), FLOAT)
+                index = next(i for i, t in enumerate(node.outputs) if t is tensor)
+                self._cast_back(node, index, onnx_dtype(tensor))
                 tensor.dtype = self.half.numpy
 
     def _cast_back(self, node: Node, index: int, dtype: int) -> Variable:
         """Let the node make a new tensor of type `dtype`, of which the old one, an output, becomes a Cast."""
         tensor = node.outputs[index]
-        other = FLOAT if dtype == self.half.dtype else self.half.dtype
+        other = onnx_dtype(tensor) if dtype == self.half.dtype else self.half.dtype
         made = Variable(self.fresh(f"{tensor.name}_{numpy_dtype(dtype).name}"), numpy_dtype(dtype), tensor.shape)
         node.outputs[index] = made
         replace_uses(tensor, made)
@@ -125,7 +131,7 @@ class Retyping:
                     if form is not None and index in form.inputs:
                         new = self._as_type(tensor, self.half.dtype, node)
                     elif id(tensor) in self.converted and index not in ANY_TYPE.get(node.op, ()):
-                        new = self._as_type(tensor, FLOAT, node)
+                        new = self._as_type(tensor, self.converted[id(tensor)], node)
                     else:
                         continue
                     if new is not tensor:
@@ -160,12 +166,25 @@ class Retyping:
                 new.name, old.name = old.name, ""
 
     def _drop_idle_casts(self) -> None:
-        """Remove Casts of the model whose two ends have become one type."""
-        idle: list[Any] = []
+        """Remove Casts of the model whose two ends have become one type, or that have become what another one is."""
+        idle: list[Node] = []
         for node in self.graph.nodes:
-            if node.op == "Cast" and onnx_dtype(node.inputs[0]) == onnx_dtype(node.outputs[0]):
-                touched = id(node.inputs[0]) in self.converted or id(node.outputs[0]) in self.converted
-                if touched and id(node.outputs[0]) not in self.given_back:
-                    replace_uses(node.outputs[0], node.inputs[0])
-                    idle.append(node)
+            if node.op != "Cast" or not ({id(node.inputs[0]), id(node.outputs[0])} & self.converted.keys()):
+                continue
+            (read,), (made,) = node.inputs, node.outputs
+            same = read if onnx_dtype(read) == onnx_dtype(made) else self.casts.get((id(read), onnx_dtype(made)), made)
+            if id(made) not in self.given_back and same is not made:
+                replace_uses(made, same)
+                idle.append(node)
+            elif same is read and read.inputs and id(read) not in self.given_back:
+                _make_instead(read, made)
+                idle.append(node)
         remove_nodes(self.graph, idle)
+
+
+def _make_instead(old: Tensor, new: Tensor) -> None:
+    """Let the node that makes `old` make `new`, which is no other node's from then on, for all that read `old`."""
+    (maker,) = old.inputs
+    list.clear(new.inputs)
+    replace_uses(old, new)
+    maker.outputs[next(i for i, tensor in enumerate(maker.outputs) if tensor is old)] = new

@@ -33,6 +33,16 @@ def test_four_bit_weights_are_read_as_they_are(dtype, columns, parse):
     assert np.array_equal(found, levels.astype(np.float32) / 2)
 
 
+def test_tensors_inside_a_graph_that_are_bfloat16_come_as_float32(parse):
+    text = "(bfloat16[3] x) => (bfloat16[3] y) { a = Neg(x) i = Identity(a) n = Cast<to=1>(i) s = Exp(n) y = Abs(a) }"
+    x = np.array([1, 2.5, -3], ml_dtypes.bfloat16)
+    found = Session(parse(text), ("a", "i", "s", "y")).run({"x": x})
+    for name in ("a", "i"):
+        np.testing.assert_array_equal(found[name], -x.astype(np.float32), strict=True)
+    np.testing.assert_allclose(found["s"], np.exp(-x.astype(np.float32)), rtol=1e-6)  # float32's own rounding
+    np.testing.assert_array_equal(found["y"], np.abs(x.astype(np.float32)), strict=True)
+
+
 def anonymous_bytes() -> int:
     """Of this process's memory, what no file stands behind (proc(5), RssAnon)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()

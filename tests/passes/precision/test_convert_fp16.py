@@ -195,7 +195,7 @@ def test_without_data_only_constants_are_checked(parse: Any, convert: Any) -> No
 
 
 def test_skips_a_graph_without_float32(parse: Any, convert: Any) -> None:
-    with pytest.raises(Skip, match="nothing in the graph is float32"):
+    with pytest.raises(Skip, match="nothing in the graph is bfloat16 or float32"):
         convert(parse("(int64[N] x) => (int64[N] y) { y = Neg(x) }"))
 
 

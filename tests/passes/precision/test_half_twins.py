@@ -1,4 +1,4 @@
-"""What rounding does to nodes, measured, and what has to stay float32 for it."""
+"""What rounding does to nodes, measured, and what has to stay as it is for it."""
 
 from __future__ import annotations
 
@@ -111,4 +111,4 @@ def test_what_cannot_be_helped_is_said(parse: Any, convert: Any) -> None:
     assert result.kept == {}
     (warning,) = result.warnings
     assert warning.startswith("'y' is ")
-    assert warning.endswith("off on the data in float16, and with 4 nodes before it in float32 too")
+    assert warning.endswith("off on the data in float16, and with 4 nodes before it as they are too")
