@@ -14,6 +14,8 @@ from llmc.compiler.cache.memory import NOTHING, Memory
 from llmc.compiler.calibrate import SampledActivations
 from llmc.compiler.calibration_file import Section, Statistics
 from llmc.compiler.data import Samples
+from llmc.compiler.data.own_cache import with_own_cache
+from llmc.compiler.data.text import is_past
 from llmc.compiler.digest import sha256
 from llmc.compiler.errors import LlmcError, TwoGraphsError
 from llmc.compiler.half import has_halves
@@ -342,7 +344,9 @@ def _samples(made: Plan, path: Path | None, count: int, sizes: Sequence[Mapping[
         note = "generated samples are small, for the model is large: give larger ones with verify.inputs"
         if cut != list(sizes) and note not in made.warnings:
             made.warnings.append(note)
-        return data.generate(graph, cut, vocabulary=vocabulary, seed=section.seed, count=count, ranges=ranges)
+        found = data.generate(graph, cut, vocabulary=vocabulary, seed=section.seed, count=count, ranges=ranges)
+        real = any(step.real_caches for step in made.recipe.passes) and not any(map(is_past, ranges))
+        return with_own_cache(found, graph) if real else found
     found = data.from_path(path, graph, made.tokenizer, made.longest(), made.processor, count)
     inputs = [(tensor.name, str(tensor.dtype), shape_of(tensor)) for tensor in graph.inputs]
     parts = (

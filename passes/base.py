@@ -277,6 +277,8 @@ class Pass(BaseModel, ABC):
     needs: ClassVar[tuple[Need, ...]] = ()
     repeatable: ClassVar[bool] = True
     """Whether the result follows from the graph, the parameters, the data and the code of llmc alone."""
+    real_caches: ClassVar[bool] = False
+    """Whether verification on made-up inputs needs keys and values in the caches that the model has made itself."""
     targets: ClassVar[tuple[str, ...]] = ()
     """Kinds of target that take what it makes, where not all do; checked before anything runs."""
     targets_reason: ClassVar[str] = ""

@@ -91,11 +91,16 @@ def test_its_graph_predicts_as_well(tiny_llama: Path, model: Any, windows: tuple
 
 
 @pytest.mark.slow
-def test_an_engine_for_prompts_and_for_decoding(tiny_llama: Path, tmp_path: Path) -> None:
-    """By the recipe of docs/language-models.md."""
+@pytest.mark.parametrize("cache", ["float16", "int8"])
+def test_an_engine_for_prompts_and_for_decoding(tiny_llama: Path, tmp_path: Path, cache: str) -> None:
+    """By the recipe of docs/language-models.md, and with the passes that the page has for a cache in INT8."""
     text = (Path(__file__).parents[1] / "docs" / "language-models.md").read_text(encoding="utf-8")
+    whole, passes = (block.split("```")[0] for block in text.split("```yaml\n")[1:3])
+    if cache == "int8":
+        model, _, rest = whole.partition("passes:\n")
+        whole = model + passes + "\ntarget:\n" + rest.partition("target:\n")[2]
     recipe = tmp_path / "engine.yaml"
-    recipe.write_text(text.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    recipe.write_text(whole, encoding="utf-8")
     report = run_compile(str(tiny_llama), recipe, tmp_path / "engine")
     target = report.target
     assert target is not None
@@ -104,4 +109,4 @@ def test_an_engine_for_prompts_and_for_decoding(tiny_llama: Path, tmp_path: Path
     assert target.facts["compute_capabilities"] == [80, 86, 89, 120]
     assert (target.facts["attention_nodes"], target.facts["attention_nodes_decomposed"]) == (4, 0)
     assert "past_length int64[]" in target.facts["inputs"]
-    assert target.facts["outputs"][1] == "present.0.key float16[batch, 2, 256, 32]"
+    assert target.facts["outputs"][1] == f"present.0.key {cache}[batch, 2, 256, 32]"

@@ -66,6 +66,7 @@ class QuantizeKvCache(Pass):
 
     after: ClassVar[tuple[str, ...]] = ("fuse-attention", "scatter-kv-cache")
     needs: ClassVar[tuple[Need, ...]] = ("activations",)
+    real_caches: ClassVar[bool] = True
     safety: ClassVar[Safety] = "lossy"
 
     keys: Literal["channel", "head"] = Field(
