@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from llmc.compiler.parts import by_what_they_read, element_types, part_of, reads
+from llmc.compiler.peak import give_back
 from llmc.compiler.runner import Runner
 from llmc.compiler.spill import Spill
 from llmc.passes.graph import Array, Structure
@@ -88,6 +89,7 @@ class Blocks:
     def _run_group(self, group: Sequence[Feeds], outputs: Sequence[str]) -> list[list[Array]]:
         import onnxruntime as ort
 
+        give_back()  # a block takes what there is
         wanted, spill = set(outputs), Spill()
         kept: list[dict[str, int]] = [{} for _ in group]
         values = [
@@ -118,6 +120,7 @@ def blocks_of(structure: Structure, whole: int = WHOLE_BYTES, limit: int = BLOCK
     """
     if _bytes(structure, structure.weights) <= whole:
         return None
+    give_back()
     graph = structure.model.graph
     types = element_types(structure)
     groups = _groups(structure, limit, types)

@@ -1,8 +1,11 @@
-"""How much memory a process has had at most."""
+"""Memory of this process: how much it has had at most, and what it need not hold on to."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
+
+from llmc.passes.graph import collect
 
 
 def peak_bytes(status: Path = Path("/proc/self/status")) -> int | None:
@@ -13,3 +16,11 @@ def peak_bytes(status: Path = Path("/proc/self/status")) -> int | None:
         return None
     found = next((line.split() for line in lines if line.startswith("VmHWM:")), None)
     return int(found[1]) * 1024 if found else None
+
+
+def give_back() -> None:
+    """Give garbage, and what the C library keeps for later, back to the system (glibc; elsewhere garbage alone)."""
+    collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

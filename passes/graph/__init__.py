@@ -5,6 +5,7 @@ Nothing: metadata, which names the source module of a node, every kind of attrib
 
 from __future__ import annotations
 
+from llmc.passes.graph.collector import collect as collect
 from llmc.passes.graph.collector import collector_paused as collector_paused
 from llmc.passes.graph.edit import constant_bytes as constant_bytes
 from llmc.passes.graph.edit import constant_source as constant_source

@@ -6,31 +6,47 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-FEW = 300_000
-"""Objects made since the last collection that are not worth another one."""
+FEW = 50_000
+"""Objects made since the last collection that are not worth another one: a few MB."""
 _alive = 0
-"""Objects that were left by the last collection here, roughly."""
+"""Objects of the outermost block that were left by the last collection here, roughly."""
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """No cyclic garbage collection inside: while graphs are built and rewritten it finds little, and takes long.
 
-    At the end of a block, garbage is collected if as many objects were made since the last time as were left then: a
-    collection looks at every object, and so costs a node of a large graph no more than one of a small graph.
+    At the end of an inner block, garbage is collected if as many objects were made since the last time as were left
+    then: a collection looks at every object, and so costs a node of a large graph no more than one of a small graph.
+    It does not look at what was there before the outermost block, modules above all.
     """
-    running = gc.isenabled()
+    global _alive
+    if not gc.isenabled():
+        try:
+            yield
+        finally:
+            _collect_if_due()
+        return
+    freezes = not gc.get_freeze_count()
     gc.disable()
+    if freezes:
+        gc.freeze()
+    _alive = 0
     try:
         yield
     finally:
-        _collect_if_due()
-        if running:
-            gc.enable()
+        if freezes:
+            gc.unfreeze()
+        gc.enable()
+
+
+def collect() -> None:
+    """Collect what garbage there is, due or not: for memory that is about to be needed."""
+    global _alive
+    made = gc.get_count()[0]
+    _alive += made - gc.collect()
 
 
 def _collect_if_due() -> None:
-    global _alive
-    made = gc.get_count()[0]
-    if made > max(_alive, FEW):
-        _alive += made - gc.collect()
+    if gc.get_count()[0] > max(_alive, FEW):
+        collect()

@@ -42,3 +42,23 @@ def test_the_end_of_an_inner_block_collects_once_enough_was_made(due: bool, monk
             kept = [Cycle() for _ in range(2000 if due else 10)]
         assert (garbage() is None) is due
     assert kept
+
+
+def test_what_was_there_before_is_looked_at_again_afterwards() -> None:
+    before = weakref.ref(Cycle())
+    with collector_paused():
+        gc.collect()
+        assert before() is not None
+    assert not gc.get_freeze_count()
+    gc.collect()
+    assert before() is None
+
+
+def test_what_others_have_frozen_stays_so() -> None:
+    gc.freeze()
+    try:
+        with collector_paused():
+            pass
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
