@@ -188,6 +188,9 @@ def _together(reports: Sequence[Report]) -> Report:
     *encoder, report = reports
     if encoder:
         report.encoder = encoder[0]
+        for one in reports:
+            if one.target is not None:
+                one.target.files = {f"{one.source.half}/{name}": size for name, size in one.target.files.items()}
         if encoder[0].status != "done":
             report.status = encoder[0].status
     return report

@@ -213,7 +213,7 @@ class Verification(Part):
 
 class TargetReport(Part):
     kind: str
-    files: dict[str, int] = Field(default_factory=dict, description="File → bytes.")
+    files: dict[str, int] = Field(default_factory=dict, description="File, by its path in the artifact → bytes.")
     facts: dict[str, object] = Field(
         default_factory=dict, description="What is honestly known, as the target names it."
     )

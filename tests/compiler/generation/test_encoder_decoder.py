@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from llmc.compiler.lock import Lock
 from llmc.compiler.planning import plan, plans, summary_of
 from llmc.compiler.recipe import Recipe
 from llmc.compiler.report import ModelReport, Report
+from llmc.compiler.targets.engine_header import read
+from llmc.compiler.targets.tensorrt_import import availability
 from llmc.passes.errors import LlmcError
 
 TINY_LLAMA = Path(__file__).parents[2] / "assets" / "tiny_llama"
@@ -37,6 +41,11 @@ RECIPE = """
 model: {dimensions: {batch: [1, 1, 4], encoder_sequence: [1, 8, 64], past_sequence: [0, 8, 63]}}
 passes: [{recipe: optimize}]
 target: {kind: onnxruntime}
+"""
+STATIC = """
+model:
+  dimensions: {batch: [1, 1, 4], encoder_sequence: [1, 8, 64], sequence: [1, 4, 8], past_sequence: [0, 8, 24]}
+passes: [{recipe: optimize}, scatter-kv-cache: {length: 32}]
 """
 
 
@@ -70,6 +79,12 @@ def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder, run_compile(str(checkpoint), Recipe.load(folder / "r.yaml"), folder / "out", lock=lock)
 
 
+def llmc(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command line, run."""
+    command = [sys.executable, "-m", "llmc.compiler", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def expected_answers(checkpoint: Path, prompts: list[str]) -> list[str]:
     tokenizer: Any = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     rows = [tokenizer.encode(prompt).ids for prompt in prompts]
@@ -98,6 +113,35 @@ def test_answers_are_those_of_transformers(checkpoint: Path, compiled: tuple[Pat
     assert "".join(generator.stream(PROMPTS[0])) == expected_answers(checkpoint, PROMPTS[:1])[0]
 
 
+def test_prompts_of_a_file(checkpoint: Path, compiled: tuple[Path, Report], tmp_path: Path) -> None:
+    folder, _ = compiled
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, "", ""]), encoding="utf-8")
+    asked = ["generate", str(folder / "out"), "--prompts", str(tmp_path / "prompts.txt"), "--tokens", str(TOKENS)]
+    done = llmc(*asked, "--json")
+    answers = expected_answers(checkpoint, PROMPTS)
+    expected = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    assert (json.loads(done.stdout), done.returncode) == (expected, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(availability("tensorrt-rtx").missing), reason="TensorRT-RTX is not installed")
+def test_engines_of_both(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(STATIC, encoding="utf-8")
+    command = ["compile", str(checkpoint), "--recipe", str(tmp_path / "r.yaml"), "--target", "tensorrt-rtx"]
+    done = llmc(*command, "-o", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    for half in ("encoder", "decoder"):
+        engine = tmp_path / "out" / half / "model.engine"
+        assert read(engine).engine_bytes == engine.stat().st_size
+        assert f"{half}/model.engine" in done.stdout
+    decoder = onnx.load(tmp_path / "out/decoder/model.onnx").graph
+    assert [node.op_type for node in decoder.node].count("TensorScatter") == 2
+    assert "past_length" in {value.name for value in decoder.input}
+    written = inspect(tmp_path / "out")
+    assert isinstance(written, Report)
+    assert [graph.status for graph in written.graphs()] == ["done", "done"]
+
+
 def test_one_artifact_holds_both(compiled: tuple[Path, Report]) -> None:
     folder, report = compiled
     files = check_artifact(folder / "out")
@@ -109,6 +153,9 @@ def test_one_artifact_holds_both(compiled: tuple[Path, Report]) -> None:
     assert [graph.source.half for graph in report.graphs()] == ["encoder", "decoder"]
     for graph in report.graphs():
         assert graph.status == "done"
+        assert graph.target is not None
+        assert {name: (folder / "out" / name).stat().st_size for name in graph.target.files} == graph.target.files
+        assert {Path(name).parent.name for name in graph.target.files} == {graph.source.half}
         assert graph.verification is not None
         assert graph.verification.reference == "torch"
         cosines = [n.cosine for step in graph.passes for n in step.numerics if n.cosine is not None]
