@@ -55,7 +55,7 @@ class StaticCache(BaseModel):
         total = self._total(feeds)
         if total > self.length:
             raise LlmcError(
-                f"{total} tokens do not fit into the static cache of {self.length}: raise `length` of scatter-kv-cache, "
+                f"{total} tokens do not fit into the static cache of {self.length}: raise `length` of scatter-kv-cache "
                 "or make the dimensions of past and new tokens smaller (model.dimensions)"
             )
         padded = {name: _padded(feeds[name], AXIS, self.length).astype(types[name]) for name in self.caches}
