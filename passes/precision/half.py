@@ -162,6 +162,8 @@ def _signature(op: str, domain: str, opset: int, half: str) -> tuple[int, tuple[
 
 def misfit(constant: Constant, half: Half, *, scale: bool = False) -> str:
     """Why `half` cannot stand for the constant's values, '' where it can; `scale`s must be more exact."""
+    if _reaches(constant, half):
+        return ""
     largest = magnitude(constant)
     if largest > half.largest:
         return f"its constant '{constant.name}' reaches {largest:.4g}, {half.name} ends at {half.largest:.5g}"
@@ -175,6 +177,8 @@ def misfit(constant: Constant, half: Half, *, scale: bool = False) -> str:
 
 def is_fill(constant: Constant, half: Half) -> bool:
     """Whether the constant holds numbers that stand for minus infinity, and none too large otherwise."""
+    if _reaches(constant, half):
+        return False
     lowest, highest = _range(constant)
     return lowest < -half.largest and highest <= half.largest
 
@@ -207,6 +211,12 @@ def as_half(constant: Constant, name: str, half: Half, floor: float) -> Constant
 
     changed = Elementwise(half.dtype, constant._values, change)
     return Constant(name, changed.load() if constant_bytes(constant) < KEPT_FROM else changed)
+
+
+def _reaches(constant: Constant, half: Half) -> bool:
+    """Whether `half` goes as far as the constant's type does, to either side: float16's numbers as bfloat16 lose bits
+    (2^-9 of them at most), and no more."""
+    return _LARGEST.get(onnx_dtype(constant), np.inf) <= half.largest
 
 
 def _blocks(constant: Constant) -> Iterator[Array]:

@@ -51,12 +51,13 @@ class Job:
     """The pass that is timed alone too, from file to file."""
     mode: str = ""
     """Of verification; '': as the command line says."""
+    target: str = "onnxruntime"
 
 
 JOBS = (
     Job("optimize", "[{recipe: optimize}]", 1.0),
     Job("optimize-bf16", "[{recipe: optimize}]", 1.0, dtype="bfloat16", sources=("hf",)),
-    Job("convert", "[{recipe: optimize}, convert-bf16]", 2.5, cast="convert-bf16"),
+    Job("convert", "[{recipe: optimize}, convert-bf16]", 2.5, cast="convert-bf16", target="onnx"),
     Job("convert-float32", "[{recipe: optimize}, convert-fp16]", 2.5, dtype="float32", cast="convert-fp16"),
     Job("int4", "[{recipe: optimize}, {quantize-weights: {method: rtn}}, eliminate-dead]", 2.5),
     Job(
@@ -71,7 +72,7 @@ SLOWEST = 2.0
 HUGGINGFACE_BAR = 4.0
 """GB of anonymous memory, export included."""
 RECIPE = """passes: {passes}
-target: {{kind: onnxruntime}}
+target: {{kind: {target}}}
 model:
   dimensions: {{batch: [1, 1, 2], sequence: [1, 4, 8], past_sequence: [0, 4, 8]}}
 verify: {{samples: {samples}, mode: {mode}, budgets: {{cosine: 0.5}}}}
@@ -198,8 +199,8 @@ def compile_model(job: Job, source: Path, folder: Path, limit: Limit | None, opt
     for name in ("cache", "out", "out.failed"):
         shutil.rmtree(folder / name, ignore_errors=True)
     recipe = folder / "recipe.yaml"
-    mode = job.mode or options.mode
-    recipe.write_text(RECIPE.format(passes=job.passes, samples=options.samples, mode=mode), encoding="utf-8")
+    settings = {"passes": job.passes, "target": job.target, "samples": options.samples}
+    recipe.write_text(RECIPE.format(**settings, mode=job.mode or options.mode), encoding="utf-8")
     forget(source)
     command = [sys.executable, "-m", "llmc.compiler", "compile", str(source), "--recipe", str(recipe)]
     command += ["-o", str(folder / "out")]
