@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
-from llmc.compiler.data import random_feeds
+from llmc.compiler.calibrate import SampledActivations
+from llmc.compiler.data import generate, random_feeds
+from llmc.compiler.data.own_cache import with_own_cache
+from llmc.compiler.data.text import is_past
 from llmc.compiler.errors import LlmcError, TargetError
 from llmc.compiler.generation.choosing import greedy
 from llmc.compiler.generation.decoder import LONGEST, Decoder, Input, pad_left
@@ -33,9 +37,11 @@ from llmc.compiler.targets import BuildRequest, Range
 from llmc.compiler.targets.tensorrt import TensorRT
 from llmc.compiler.targets.tensorrt_import import availability
 from llmc.passes.base import Context, Skip
+from llmc.passes.cache.int8_cache import Int8Cache, quantized
+from llmc.passes.cache.quantize_kv_cache import QuantizeKvCache
 from llmc.passes.cache.scatter_kv_cache import ScatterKvCache
 from llmc.passes.cache.static_cache import StaticCache
-from llmc.passes.graph import Array, Graph, copy_graph, infer_shapes, save_model, shape_of
+from llmc.passes.graph import Array, Graph, copy_graph, infer_shapes, save_model, shape_of, to_model
 
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
 TOKENS = 64
@@ -562,6 +568,34 @@ def test_static_cache_beside_an_encoder_at_every_fill_level(
     halves: Callable[[str], tuple[Family, Family]], name: str
 ) -> None:
     equal_at_every_fill_level(halves(name)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECODERS)
+def test_int8_caches(family: Callable[[str], Family], name: str) -> None:
+    """All caches of every family, and both forms write the same levels into them."""
+    found = family(name)
+    pasts = [tensor.name for tensor in found.growing.inputs if is_past(tensor.name)]
+    sizes = [dict.fromkeys(symbolic_dimensions(found.growing), 2) | {"sequence": 5, "past_sequence": p} for p in (0, 6)]
+    drawn = generate(found.growing, sizes, vocabulary=found.loaded.vocabulary or 99, count=4)
+    samples = [  # no padding: growing caches are calibrated without, static ones with it
+        {n: np.ones_like(v) if n == "attention_mask" else v for n, v in sample.items()}
+        for sample in with_own_cache(drawn, found.growing)
+    ]
+    levels = []
+    for graph in [found.growing] if name in GROWING_ONLY else [found.growing, found.static(ROOM)]:
+        changed = copy_graph(graph)
+        result = QuantizeKvCache().run(changed, Context(activations=SampledActivations(samples)))
+        assert (len(result.rewrites), result.near_misses) == (len(pasts), [])
+        onnx.checker.check_model(to_model(changed), full_check=True)
+        held = Int8Cache.of(changed)
+        assert held is not None
+        assert sorted(held.caches) == sorted(pasts)
+        made = list(Session(changed).run_each(samples))
+        levels.append([quantized(run[held.caches[past]], held.scale(past)) for run in made for past in pasts])
+    for one, other in zip(levels[0], levels[-1], strict=True):
+        # Zeros are added where no token is: what stands between two levels may go to the other one.
+        assert np.abs(one.astype(int) - other).max() <= 1
 
 
 @pytest.mark.parametrize("name", some_slow(DECODERS))

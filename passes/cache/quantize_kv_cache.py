@@ -94,11 +94,11 @@ class QuantizeKvCache(Pass):
             else:
                 node = layer[0].node
                 result.near_misses.append(NearMiss(RULE, node.name, reason, module_of(node)))
-        names = [cache.new.name for layer in layers for cache in layer]
+        names = [cache.present.name for layer in layers for cache in layer]
         ranges = _ranges(context.activations, graph, names, self.calibration.samples)
         editor = _Editor(graph)
         for layer in layers:
-            plans = [_plan(cache, ranges[cache.new.name], self.keys) for cache in layer]
+            plans = [_plan(cache, ranges[cache.present.name], self.keys) for cache in layer]
             if context.apply(result, RULE, layer[0].node, "; ".join(plan.detail for plan in plans)):
                 editor.quantize(plans)
                 result.scales.activations |= {plan.cache.past.name: float(plan.scale.max()) for plan in plans}
@@ -140,14 +140,14 @@ def _unfit(cache: Cache) -> str | None:
 
 
 def _ranges(activations: Activations, graph: Graph, tensors: Sequence[str], samples: int) -> dict[str, Array]:
-    """The largest magnitudes of each of the tensors [b, h, s, d]: float32 [h, d]."""
+    """The largest magnitudes in each of the caches [b, h, tokens, d], those of earlier tokens too: float32 [h, d]."""
 
     def measure(names: Sequence[str]) -> dict[str, Measured]:
         found: dict[str, Array] = {}
         for number, values in activations.stream(graph, names, samples):
             for name, value in values.items():
                 if not np.isfinite(value).all():
-                    raise LlmcError(f"calibration: '{name}', of a cache, is NaN or infinite on sample {number}")
+                    raise LlmcError(f"calibration: the cache '{name}' is NaN or infinite on sample {number}")
                 tokens = (0, 2) if value.ndim == 4 else 0  # without padding it is [tokens, h, d]
                 amax = np.abs(value).max(axis=tokens, initial=0).astype(np.float32)
                 found[name] = np.maximum(found[name], amax) if name in found else amax

@@ -92,7 +92,7 @@ LEAVES_ALONE = {
         "the cache 'pk' goes to Neg 'neg', too",
     ),
     "the cache is the new tokens, too": (
-        GROWING, OUTPUTS, f"[join] k = Concat<axis = 2>(pk, pk) v = Concat<axis = 2>(pv, nv) {ATTEND}",
+        GROWING, OUTPUTS, f"[join] k = Concat<axis = 2>(pk, pk) v = Concat<axis = 2>(pv, pv) {ATTEND}",
         "Concat 'join' reads the cache 'pk' twice",
     ),
     "float64": (
@@ -109,8 +109,8 @@ LEAVES_ALONE = {
         "TensorScatter 'ring' begins again at the first token where its cache is full",
     ),
     "a cache that is written along another axis": (
-        f"{STATIC}, int64[B] at", FIXED,
-        f"[write] k = TensorScatter<axis = 3>(pk, n, at) v = TensorScatter(pv, nv, at) {ATTEND}",
+        f"{STATIC}, float[B,2,{LENGTH},1] column, int64[B] at", FIXED,
+        f"[write] k = TensorScatter<axis = 3>(pk, column) v = TensorScatter(pv, nv, at) {ATTEND}",
         "TensorScatter 'write' writes along axis 3, not along the tokens",
     ),
     "Attention without heads of their own": (
@@ -204,7 +204,8 @@ def test_scales_are_those_of_the_calibration_data(parse: Any, keys: str) -> None
     cache = Int8Cache.of(changed)
     assert cache is not None
     for name, source in (("pk", "n"), ("pv", "nv")):
-        seen = np.abs(np.concatenate([sample[source] for sample in calibrated[:2]])).max(axis=(0, 2))
+        cached = [sample[held] for sample in calibrated[:2] for held in (name, source)]
+        seen = np.abs(np.concatenate(cached, axis=2)).max(axis=(0, 2))
         wanted = seen if keys == "channel" and name == "pk" else seen.max(axis=1, keepdims=True)
         found = cache.scale(name)[:, 0] * 127 / wanted
         # Rounded up to float16, and a channel's part of the widest too: 2^-10 each.
@@ -238,8 +239,10 @@ def test_no_cached_number_moves_by_more_than_half_a_scale(parse: Any, data: Any)
 def test_a_channel_that_is_always_0_stays_0(parse: Any) -> None:
     graph = build(parse, *FIRES["keys and values are joined"][:3])
     sample = feeds(graph, 1)
-    sample["n"][..., 2] = 0
-    sample["nv"][:] = 0
+    for name in ("pk", "n"):
+        sample[name][..., 2] = 0
+    for name in ("pv", "nv"):
+        sample[name][:] = 0
     found = Session(int8(graph, [sample])[0]).run(sample)
     assert not found["k"][:, :, PAST:, 2].any()
     assert not found["v"][:, :, PAST:].any()
@@ -306,7 +309,7 @@ def test_what_it_cannot_calibrate_on(parse: Any) -> None:
         QuantizeKvCache().run(graph, Context())
     sample = feeds(graph, 1)
     sample["n"][0, 0, 0, 0] = np.inf
-    with pytest.raises(LlmcError, match="'n', of a cache, is NaN or infinite on sample 1"):
+    with pytest.raises(LlmcError, match="the cache 'k' is NaN or infinite on sample 1"):
         int8(graph, [sample])
 
 
