@@ -15,7 +15,7 @@ from llmc.passes.precision.rounding.grid import Grid, Levels, Rounded
 PART = 1 << 17
 """Values that are rounded at a time: their temporaries stay in the cache of a core."""
 
-ROWS_PART = 1 << 22
+ROWS_PART = 1 << 21
 """The same where a row is rounded as a whole."""
 
 
