@@ -26,7 +26,7 @@ HIDDEN, HEADS, SIZE, INNER, VOCABULARY, PLACES = 64, 4, 16, 96, 48, 32
 MICROSOFT = "com.microsoft"
 TOLERANCE = 2e-5
 """Of the largest value: some dozens of dependent float32 roundings, 2^-24 each."""
-BLOCK = 32
+BLOCK, SHORT = 32, 6
 BATCH, NEW, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
@@ -37,7 +37,8 @@ class Decoder:
     `rotary_inside`: RotaryEmbedding as a part of GroupQueryAttention, which then needs no positions. `packed`: queries,
     keys and values of one product. `grouped`: by GroupQueryAttention; else MultiHeadAttention, with a mask of its own
     and keys and values repeated for their groups. `shared`: past and present of one length, as
-    they are where they share their memory.
+    they are where they share their memory. `long_rope`: one table of cosines and sines up to `SHORT` tokens, another
+    for more of them, chosen by If.
     """
 
     layers: int = 2
@@ -52,6 +53,13 @@ class Decoder:
     embedding_scale: float = 0.0
     int4: bool = False
     shared: bool = False
+    long_rope: bool = False
+
+
+def tables(places: int, factor: float) -> tuple[Array, Array]:
+    """Cosines and sines, [places, SIZE / 2] each, of angles `factor` times as small."""
+    angles = np.outer(np.arange(places), 100.0 ** -(np.arange(SIZE // 2) / (SIZE // 2))) / factor
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
 @dataclass
@@ -311,6 +319,24 @@ class Written:
             shape=[BATCH, TOTAL, HEADS * SIZE],
         )
 
+    def chosen_tables(self) -> None:
+        """Cosines and sines, by how many tokens the mask has in all."""
+        at, total = "/model/rotemb_caches_subgraph", "/model/attn_mask_reformat/attn_mask_subgraph/Gather/output_0"
+        long = self.node("Greater", f"{at}/Greater", total, self.constant(SHORT), shape=[], dtype=TensorProto.BOOL)
+        branches = {}
+        for branch, kind, places, factor in (("then", "large", PLACES, 3), ("else", "small", SHORT, 1)):
+            made = dict(zip((f"cos_cache_{kind}", f"sin_cache_{kind}"), tables(places, factor), strict=True))
+            nodes = [
+                helper.make_node("Constant", [], [name], name=f"/{kind}/{name}", value=numpy_helper.from_array(values))
+                for name, values in made.items()
+            ]
+            outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, v.shape) for name, v in made.items()]
+            branches[f"{branch}_branch"] = helper.make_graph(nodes, f"{kind}_rotemb_caches_graph", [], outputs)
+        names = ["cos_cache", "sin_cache"]
+        self.node("If", f"{at}/If", long, outputs=names, **branches)
+        shape = ["max_sequence_length", "head_dim / 2"]
+        self.infos.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names)
+
     # The model
 
     def write(self) -> Graph:
@@ -319,8 +345,10 @@ class Written:
             self.lengths()
         else:
             self.bias()
-        angles = np.outer(np.arange(PLACES), 100.0 ** -(np.arange(SIZE // 2) / (SIZE // 2)))
-        self.weights |= {"cos_cache": np.cos(angles).astype(np.float32), "sin_cache": np.sin(angles).astype(np.float32)}
+        if d.long_rope:
+            self.chosen_tables()
+        else:
+            self.weights |= dict(zip(("cos_cache", "sin_cache"), tables(PLACES, 1), strict=True))
         table = self.weight("model.embed_tokens.weight", VOCABULARY, HIDDEN)
         x, skip = (
             self.node("Gather", "/model/embed_tokens/Gather", table, "input_ids", shape=[BATCH, NEW, HIDDEN]),
@@ -367,6 +395,8 @@ DECODERS: dict[str, tuple[Decoder, int]] = {
     "llama-int4": (replace(LLAMA, int4=True), 23),
     "llama-three-products": (replace(LLAMA, packed=False), 23),
     "llama-rotary-outside": (replace(LLAMA, packed=False, rotary_inside=False), 23),
+    "phi3-long": (replace(LLAMA, long_rope=True), 23),
+    "phi3-long-outside": (replace(LLAMA, long_rope=True, packed=False, rotary_inside=False, shared=True), 21),
     "mistral": (replace(LLAMA, window=3), 23),
     "mistral-shared": (replace(LLAMA, window=3, shared=True), 21),
     "qwen2": (replace(LLAMA, biases=True), 24),
