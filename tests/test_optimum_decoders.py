@@ -75,15 +75,16 @@ FAMILIES = {
 FAST = {("llama", "eager", 14), ("phi3", "sdpa", 14), ("gpt2", "sdpa", 18), ("gpt_neox", "eager", 14)}
 CASES = [
     pytest.param(
-        name, attention, opset, marks=() if (name, attention, opset) in FAST else pytest.mark.slow,
+        name, attention, opset, False, marks=() if (name, attention, opset) in FAST else pytest.mark.slow,
         id=f"{name}-{attention}-{opset}",
     )
     for name in FAMILIES
     for attention, opset in WAYS
 ]  # fmt: skip
+CASES.append(pytest.param("mistral", "eager", 14, True, id="mistral-eager-14-oldest-rotary"))
 
 
-def export(family: Family, layers: int, attention: str, opset: int, path: Path) -> None:
+def export(family: Family, layers: int, attention: str, opset: int, path: Path, oldest: bool = False) -> None:
     """A decoder with random weights and norms, with its cache as inputs and outputs."""
     import torch
     import transformers
@@ -95,6 +96,8 @@ def export(family: Family, layers: int, attention: str, opset: int, path: Path) 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.rand_like(parameter) * (0.5 if parameter.ndim == 1 else 0.1))
+    if oldest:
+        spell_rotary_as_before(model)
     past = cache_inputs(model)
     names = ["input_ids", "attention_mask", "position_ids", *(tensor.name for tensor in past)]
     whole = torch.ones((2, 8), dtype=torch.int64)
@@ -109,6 +112,7 @@ def export(family: Family, layers: int, attention: str, opset: int, path: Path) 
         def forward(self, *values: Any) -> Any:
             given = dict(zip(names, values, strict=True))
             cache = past_cache(given, layers)
+            model.whole = given["attention_mask"].shape[1]
             made = self.model(**{name: given[name] for name in names[:3]}, past_key_values=cache, use_cache=True)
             return (made.logits, *present_values(made.past_key_values))
 
@@ -131,6 +135,22 @@ def export(family: Family, layers: int, attention: str, opset: int, path: Path) 
             dynamic_axes=axes,
         )
         logging.disable(logging.NOTSET)
+
+
+def spell_rotary_as_before(model: Any) -> None:
+    """Tables of the longest sequence, cut to this one, and then the rows of its positions: transformers up to 4.37."""
+    import torch
+
+    places = torch.arange(64)[:, None] * model.model.rotary_emb.inv_freq[None]
+    angles = torch.cat((places, places), dim=-1)[None, None]
+    tables = angles.cos(), angles.sin()
+
+    def forward(x: Any, position_ids: Any) -> Any:
+        whole = getattr(model, "whole", 64)  # none yet where the model is only asked for its cache
+        cut = (table[:, :, :whole, ...].to(x.dtype) for table in tables)
+        return tuple(table.squeeze(1).squeeze(0)[position_ids] for table in cut)
+
+    model.model.rotary_emb.forward = forward
 
 
 def optimize(graph: Graph) -> None:
@@ -156,11 +176,11 @@ def feeds(graph: Graph, batch: int, new: int, past: int) -> dict[str, Array]:
     return given
 
 
-@pytest.mark.parametrize(("name", "attention", "opset"), CASES)
-def test_decoder(name: str, attention: str, opset: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "attention", "opset", "oldest"), CASES)
+def test_decoder(name: str, attention: str, opset: int, oldest: bool, tmp_path: Path) -> None:
     family, counts = FAMILIES[name], list[Counter[str]]()
     for layers in (1, 2):
-        export(family, layers, attention, opset, tmp_path / f"{layers}.onnx")
+        export(family, layers, attention, opset, tmp_path / f"{layers}.onnx", oldest)
         before = load_model(tmp_path / f"{layers}.onnx")
         graph = copy_graph(before)
         optimize(graph)

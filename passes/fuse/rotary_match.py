@@ -13,7 +13,7 @@ from llmc.passes.shapes.dimension import ONE, Dimension
 from llmc.passes.shapes.dimensions import Dimensions
 from llmc.passes.shapes.shape_rules import slice_inputs
 
-KEEPS_ELEMENTS = {"Cast", "Cos", "Gather", "Identity", "Mul", "Sin", "Squeeze", "Unsqueeze"}
+KEEPS_ELEMENTS = {"Cast", "Cos", "Gather", "Identity", "Mul", "Sin", "Slice", "Squeeze", "Unsqueeze"}
 """Operators between two equal halves and a cosine that is multiplied with, which do the same to both."""
 
 
@@ -245,6 +245,9 @@ class RotaryMatcher:
         if node.op == "Gather":
             table = self.dims.of(node.inputs[0])
             return bool(node.attrs.get("axis", 0) == 0 and table is not None and len(table) > 1)
+        if node.op == "Slice":  # of the places, not of the elements
+            axes = slice_inputs(self.dims, node, len(shape))[2] if shape and len(node.inputs) > 2 else None
+            return axes is not None and shape is not None and len(shape) - 1 not in axes
         return True
 
     def _doubled(self, node: Node, interleaved: bool) -> Tensor | None:

@@ -71,6 +71,21 @@ FIRES: dict[str, tuple[str, dict[str, int], list[str]]] = {
         {},
         ["Gather", "Gather"],
     ),
+    "rows of constant tables that are cut to the longest sequence": (
+        model(
+            "tc = Constant<value = float[1,1,4,8] {0,1,2,3,0,1,2,3,4,5,6,7,4,5,6,7,8,9,1,2,8,9,1,2,1,1,1,1,1,1,1,1}>() "
+            "ts = Constant<value = float[1,1,4,8] {3,2,1,0,3,2,1,0,7,6,5,4,7,6,5,4,2,1,9,8,2,1,9,8,1,1,1,1,1,1,1,1}>() "
+            "n = Shape<start=1,end=2>(i) c6 = Slice(tc, zero, n, two, one) s6 = Slice(ts, zero, n, two, one) "
+            "c5 = Squeeze(c6, one) s5 = Squeeze(s6, one) c4 = Squeeze(c5, zero) s4 = Squeeze(s5, zero) "
+            "c3 = Gather(c4, i) s3 = Gather(s4, i) c = Unsqueeze(c3, one) s = Unsqueeze(s3, one) "
+            + HALVES
+            + TURN.replace("n = Neg(x2)", "m = Neg(x2)").replace("(n, x1)", "(m, x1)")
+            + "y = Add(a, b)",
+            "int64[B,S] i",
+        ),
+        {},
+        ["Gather", "Gather", "Shape", "Slice", "Slice", *["Squeeze"] * 4],
+    ),
     "interleaved": (
         model(
             "f4 = Unsqueeze(f, last) pairs = Constant<value_ints = [1,1,1,2]>() f5 = Expand(f4, pairs) "
@@ -171,6 +186,19 @@ LEAVES_ALONE = {
             "float[B,S,8] f, float[B,S,8] h",
         ),
         "the halves of 'f' are not known to be equal",
+    ),
+    "tables that are cut along the halves": (
+        model(
+            "w = Concat<axis=-1>(f, f, f) c4 = Cos(w) s4 = Sin(w) eight = Add(four, four) "
+            "c3 = Slice(c4, two, eight, last, one) s3 = Slice(s4, two, eight, last, one) "
+            "cc = Concat<axis=-1>(c3, f) sc = Concat<axis=-1>(s3, f) c0 = Slice(cc, zero, eight, last, one) "
+            "s0 = Slice(sc, zero, eight, last, one) c = Unsqueeze(c0, one) s = Unsqueeze(s0, one) "
+            + HALVES
+            + TURN
+            + "y = Add(a, b)",
+            "float[B,S,4] f",
+        ),
+        "'c0' comes from Slice 'c0': its halves are not known to be equal",
     ),
     "constant halves that differ": (
         model("c = Constant<value = float[8] {1,2,3,4,1,2,3,5}>() s = Identity(c) " + HALVES + TURN + "y = Add(a, b)"),
