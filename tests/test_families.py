@@ -245,6 +245,8 @@ def save(name: str, settings: Mapping[str, Any], folder: Path, spread: float = 0
         for parameter in model.parameters():  # as initialized, logits hardly differ, and tokens do not vary
             if parameter.ndim > 1 and parameter.requires_grad:  # tables of sines are not saved
                 parameter.data.normal_(0.0, spread)
+            elif parameter.requires_grad:  # biases of 0 and scales of 1 would leave the graph
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = None  # no answer ends before its last token
         model.save_pretrained(folder)
