@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -61,6 +63,8 @@ def artifact(output: Path, *, force: bool = False) -> Iterator[Path]:
     """
     check_place(output, force=force)
     partial = _partial(output)
+    vanishes = functools.partial(_remove, partial)
+    atexit.register(vanishes)  # an interrupt between the lines of contextlib leaves this generator as it is
     try:
         partial.mkdir(parents=True)
         with _held(partial):
@@ -78,7 +82,8 @@ def artifact(output: Path, *, force: bool = False) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        _remove(partial)
+        vanishes()
+        atexit.unregister(vanishes)
 
 
 def write_manifest(folder: Path, about: Mapping[str, object], progress: Progress = quiet) -> dict[str, str]:

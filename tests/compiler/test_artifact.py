@@ -171,3 +171,19 @@ def test_another_compile_of_the_same_output_is_left_alone(tmp_path: Path) -> Non
     other.mkdir()
     make(tmp_path / "out")
     assert other.is_dir()
+
+
+def test_a_block_that_nobody_ends_leaves_nothing(tmp_path: Path) -> None:
+    """As where Ctrl-C comes between two lines of contextlib, and the traceback holds the block until the end."""
+    script = """
+import ctypes, sys
+from pathlib import Path
+from llmc.compiler.artifact import artifact
+block = artifact(Path(sys.argv[1]))
+(block.__enter__() / "model.onnx").write_text("half")
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(block))
+sys.exit(130)
+"""
+    ended = subprocess.run([sys.executable, "-c", script, tmp_path / "out"], check=False)
+    assert ended.returncode == 130
+    assert not list(tmp_path.iterdir())

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto
 
 from llmc.compiler.session import Session
 from llmc.kernels.dequant_gemv.reference import reference
+from llmc.passes.base import Context
 from llmc.passes.graph import Array, raw_values
-from llmc.passes.precision.quantize_weights import packed
 
 EPSILON = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 WAYS = ("contiguous", "padded", "plugin")
@@ -43,7 +44,7 @@ def bound(x: Array, weight: Array, scale: Array, block: int) -> Array:
 @given(problems())
 def test_the_body_is_the_reference(one_node: Any, problem: tuple[int, dict[str, Array]]) -> None:
     block, tensors = problem
-    stored = tensors | {"weight": packed(tensors["weight"])}
+    stored = tensors | {"weight": Context().keep(TensorProto.INT4, tensors["weight"])}
     graph = one_node("DequantGemv", stored, {"y": tensors["x"].dtype}, block=block)
     found = Session(graph).run({"x": tensors["x"]})["y"].astype(np.float64)
     assert (np.abs(found - reference(**tensors, block=block)) <= bound(**tensors, block=block)).all()
@@ -53,7 +54,7 @@ def test_the_body_is_the_reference(one_node: Any, problem: tuple[int, dict[str, 
 def test_an_engine_is_built_through_the_body(one_node: Any, builds: Any, dtype: Any) -> None:
     tensors = {
         "x": np.zeros((1, 64), dtype),
-        "weight": packed(np.ones((48, 64), ml_dtypes.int4)),
+        "weight": Context().keep(TensorProto.INT4, np.ones((48, 64), ml_dtypes.int4)),
         "scale": np.ones((48, 2), dtype),
     }
     built = builds(one_node("DequantGemv", tensors, {"y": dtype}, block=32))

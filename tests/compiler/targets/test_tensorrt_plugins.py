@@ -18,8 +18,8 @@ import pytest
 
 from llmc.compiler.targets import tensorrt_plugins
 from llmc.compiler.targets.tensorrt_plugins import Size, for_parser, operators, without_scratch
+from llmc.passes.base import Context
 from llmc.passes.graph import Constant, Graph, Node, Variable, specs, to_model
-from llmc.passes.precision.quantize_weights import packed
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -172,7 +172,8 @@ def test_a_size_takes_numbers_on_either_side() -> None:
 def test_the_parser_is_given_plugins_in_the_place_of_functions() -> None:
     x, y = Variable("x", np.dtype(np.float16), ["N", 32]), Variable("y", np.dtype(np.float16), ["N", 4])
     levels = np.arange(-8, 8).repeat(8).reshape(4, 32).astype(ml_dtypes.int4)
-    weight, scale = Constant("w", packed(levels)), Constant("s", np.ones((4, 1), np.float16))
+    weight = Constant("w", Context().keep(onnx.TensorProto.INT4, levels))
+    scale = Constant("s", np.ones((4, 1), np.float16))
     graph = Graph([Node("DequantGemv", "n", {"block": 32}, [x, weight, scale], [y], domain="llmc")], [x], [y], opset=21)
     before = to_model(graph)
     made = for_parser(before)
