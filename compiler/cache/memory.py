@@ -315,15 +315,12 @@ class Memory:
 
     def _origin(self, held: Array | Weights, files: Mapping[Path, str]) -> None:
         """Remember a weight that stands in the user's own file."""
-        if id(held) not in self._known:
-            place = held.origin() if isinstance(held, Weights) else None
-            file = files.get(place[0].path.resolve()) if place is not None else None
-            if place is None or file is None:
-                self._stays(self._reference(held, _sha256), held)
-                return
-            dtype = int(onnx.helper.np_dtype_to_tensor_dtype(held.dtype))
-            name = _sha256([f"{file} {place[0].offset} {held.nbytes} {place[1]}".encode()])
-            self._stays(WeightRef(name, dtype, tuple(held.shape)), held)
+        if id(held) in self._known:
+            return
+        place = held.origin() if isinstance(held, Weights) else None
+        file = files.get(place[0].path.resolve()) if place else None
+        name = _sha256([f"{file} {place[0].offset} {held.nbytes} {place[1]}".encode()]) if place and file else None
+        self._stays(self._reference(held, lambda blocks, size: name or _sha256(blocks, size)), held)
 
     def _stays(self, ref: WeightRef, held: Array | Weights) -> None:
         """What is read where a graph has this weight."""
