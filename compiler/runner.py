@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnx
 
+from llmc.compiler.spill import Spill
 from llmc.passes.base import LlmcError
-from llmc.passes.graph import FOUR_BIT, Array, Structure, contiguous, loaded, raw_values
+from llmc.passes.graph import FOUR_BIT, Array, Derived, Structure, Weights, contiguous, loaded, raw_values
 
 FED_FROM = 1 << 20
 """Bytes from which a weight is handed over with every run: ONNX Runtime copies those that a session is made with."""
@@ -20,19 +22,24 @@ class Runner:
     """One model, ready to run on the CPU.
 
     Nothing is packed for the processor ahead of time: for the few runs that sessions here live, packing costs more
-    than it saves. With `lean` memory goes back to the system after each operator, which takes a little longer.
+    than it saves. With `lean` memory goes back to the system after each operator, which takes a little longer, and
+    `run_values` is the only way to run it. Large weights are read, or computed to a file, when it runs first.
     Raises LlmcError where ONNX Runtime cannot run the model, with its reason.
     """
 
     def __init__(self, structure: Structure, *, lean: bool = False) -> None:
         import onnxruntime as ort
 
-        weights = {name: contiguous(loaded(held)) for name, held in structure.weights.items()}
         given_back = {info.name for info in structure.model.graph.output}
-        self._fed = {
-            name: array
-            for name, array in weights.items()
-            if array.nbytes >= FED_FROM and array.dtype.isbuiltin == 1 and name not in given_back
+        self._to_feed = {
+            name: held
+            for name, held in structure.weights.items()
+            if held.nbytes >= FED_FROM and name not in given_back and _can_be_fed(held, as_values=lean)
+        }
+        self._held = {
+            name: _ort_value(contiguous(loaded(held)))
+            for name, held in structure.weights.items()
+            if name not in self._to_feed
         }
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -40,14 +47,24 @@ class Runner:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         options.enable_cpu_mem_arena = not lean
-        self._held = {name: _ort_value(array) for name, array in weights.items() if name not in self._fed}
         if self._held:
             options.add_external_initializers(list(self._held), list(self._held.values()))
-        model = _with_inputs(structure.model, self._fed)
+        model = _with_inputs(structure.model, self._to_feed)
         try:
             self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
             raise LlmcError(f"ONNX Runtime cannot run this graph: {error}") from error
+
+    @cached_property
+    def _fed(self) -> dict[str, Array]:
+        """The weights that are handed over with every run, in memory or mapped."""
+        spill = Spill()
+        computed = {name: spill.put_weight(held) for name, held in self._to_feed.items() if isinstance(held, Derived)}
+        spilled = spill.values()
+        return {
+            name: spilled[computed[name]] if name in computed else contiguous(loaded(held))
+            for name, held in self._to_feed.items()
+        }
 
     def run_each(self, samples: Iterable[Mapping[str, Array]], outputs: Sequence[str]) -> Iterator[list[Array]]:
         """For each sample the values of `outputs`. Raises LlmcError with the reason where ONNX Runtime fails."""
@@ -56,9 +73,7 @@ class Runner:
 
     def run_values(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
         """Of one sample, from OrtValues to OrtValues, which have types that NumPy has not."""
-        import onnxruntime as ort
-
-        fed = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._fed.items()}
+        fed = {name: _ort_value(array) for name, array in self._fed.items()}
         return _run(self._session.run_with_ort_values, {**feeds, **fed}, outputs)
 
 
@@ -69,7 +84,14 @@ def _run(run: Callable[..., list[Any]], feeds: Mapping[str, Any], outputs: Seque
         raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
 
 
-def _with_inputs(model: onnx.ModelProto, fed: Mapping[str, Array]) -> onnx.ModelProto:
+def _can_be_fed(held: Array | Weights, *, as_values: bool) -> bool:
+    """Whether ONNX Runtime takes values of this type with a run: any type as OrtValues, else those of NumPy's own."""
+    if as_values:
+        return int(onnx.helper.np_dtype_to_tensor_dtype(held.dtype)) not in FOUR_BIT
+    return held.dtype.isbuiltin == 1
+
+
+def _with_inputs(model: onnx.ModelProto, fed: Collection[str]) -> onnx.ModelProto:
     """The model with the weights `fed` as inputs."""
     if not fed:
         return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
@@ -12,7 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from llmc.passes.graph import Array
+from llmc.compiler.errors import LlmcError
+from llmc.passes.graph import Array, Weights, contiguous
 
 SPILLED_FROM = 1 << 16
 """Bytes from which a value is worth a place on disk."""
@@ -45,14 +46,26 @@ class Spill:
         self._held: list[Array | tuple[int, np.dtype[Any], tuple[int, ...]]] = []
 
     def put(self, value: Array) -> int:
-        """Take a value of a type of NumPy's own; its number."""
+        """Take a value of a type of NumPy's own; its number. Raises LlmcError where it cannot be written."""
         if value.nbytes < SPILLED_FROM:
             self._held.append(value)
         else:
-            self._file = self._file or tempfile.TemporaryFile(dir=spill_folder())  # noqa: SIM115 - closed in `values`
-            self._held.append((self._file.tell(), value.dtype, value.shape))
-            self._file.write(np.ascontiguousarray(value).data.cast("B"))
+            self._append(value.dtype, value.shape, [value])
         return len(self._held) - 1
+
+    def put_weight(self, held: Weights) -> int:
+        """Take a large weight block by block, as it is computed; its number. Raises what `put` does."""
+        self._append(held.dtype, held.shape, held.blocks())
+        return len(self._held) - 1
+
+    def _append(self, dtype: np.dtype[Any], shape: tuple[int, ...], blocks: Iterable[Array]) -> None:
+        try:
+            self._file = self._file or tempfile.TemporaryFile(dir=spill_folder())  # noqa: SIM115 - closed in `values`
+            self._held.append((self._file.tell(), dtype, shape))
+            for block in blocks:
+                self._file.write(contiguous(block).reshape(-1).view(np.uint8).data)
+        except OSError as error:
+            raise LlmcError(f"values cannot be written in {spill_folder()}: {error.strerror or error}") from error
 
     def values(self) -> list[Array]:
         """All values by their numbers; large ones are read-only. Nothing can be put any more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,7 @@ from llmc.compiler.loaders.tasks import (
 )
 from llmc.compiler.loaders.widened import Widened, read_as_stored
 from llmc.compiler.progress import Progress
+from llmc.compiler.progress import quiet as silent
 from llmc.passes.graph import Array, Graph, to_structure
 
 if TYPE_CHECKING:
@@ -178,11 +179,14 @@ def _export(
     source: _TorchModel, opset: int | None, files: Mapping[str, Path], read: SourceFiles
 ) -> tuple[dict[str, Any], Graph]:
     """What is known of the model, and its graph."""
+    from llmc.compiler.loaders.apart import APART_FROM, exporter_apart
     from llmc.compiler.loaders.torch_export import export
 
     model, weights, missing = source.loaded
     checkpoint, signature = source.checkpoint, source.signature
-    exported = export(model, signature, source.task, opset, source.progress, weights)
+    large = sum(path.stat().st_size for path in checkpoint.weights) >= APART_FROM
+    exporter = exporter_apart(replace(source, progress=silent)) if large else None
+    exported = export(model, signature, source.task, opset, source.progress, weights, exporter)
     random = sorted(missing & exported.parameters)
     if random:
         raise LlmcError(

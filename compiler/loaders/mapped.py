@@ -37,7 +37,11 @@ class PlacedWeights(Derived):
             dtype = numpy_dtype(onnx_dtype)
             values = Elementwise(onnx_dtype, values, lambda block: block.astype(dtype))
         super().__init__(onnx_dtype, shape, values.load)
-        self.place, self._stored, self._values = place, stored, values
+        self.folder, self.place, self._stored, self._values = folder, place, stored, values
+
+    def __reduce__(self) -> tuple[type[PlacedWeights], tuple[Path, Place, int, tuple[int, ...]]]:
+        """Pickled as its place: the values stay in the file."""
+        return PlacedWeights, (self.folder, self.place, self.onnx_dtype, self.shape)
 
     def region(self) -> FileRegion | None:
         """Where its bytes stand; None where they do not stand there so."""

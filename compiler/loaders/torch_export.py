@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +62,31 @@ class Export:
     """Names of the model's parameters and buffers that the graph depends on."""
 
 
+@dataclass(frozen=True)
+class Exported:
+    """A graph that nobody has proved yet."""
+
+    graph: Graph
+    attention: str
+    """That the model really had."""
+    parameters: frozenset[str]
+    """As in `Export`."""
+
+
+Exporter = Callable[[Rung], Exported]
+
+
+def exporter_of(model: Any, signature: Signature, weights: Widened) -> Exporter:
+    """Exports `model` in this process."""
+
+    def exported(rung: Rung) -> Exported:
+        with quiet(), _implementations(model, rung.attention) as attention:
+            graph, parameters = _export(model, signature, rung.opset, weights.files)
+        return Exported(graph, attention, parameters)
+
+    return exported
+
+
 def export(
     model: Any,
     signature: Signature,
@@ -69,13 +94,15 @@ def export(
     opset: int | None,
     progress: Progress,
     weights: Widened,
+    exporter: Exporter | None = None,
 ) -> Export:
     """Export `model` by the first rung whose graph proves right at every size of `signature.checks`.
 
     The graph's weights stay in files where `weights`, the model's own, have them there, and are else in the model's
-    memory, under the model's names ('.T' behind transposed ones). Raises LlmcError with each rung's reason where none
-    will do.
+    memory, under the model's names ('.T' behind transposed ones). `exporter` (by default in this process) makes the
+    graphs. Raises LlmcError with each rung's reason where none will do.
     """
+    exporter = exporter or exporter_of(model, signature, weights)
     decodes = PAST in signature.sample
     ladder = _ladder(decodes or task == TEXT_GENERATION, opset)
     expected = weights.settled(lambda: _expectations(model, signature))
@@ -84,14 +111,13 @@ def export(
 
     def proved(rung: Rung) -> Export:
         progress(f"exporting at opset {rung.opset} with {rung.attention} attention")
-        with quiet(), _implementations(model, rung.attention) as attention:
-            graph, parameters = _export(model, signature, rung.opset, weights.files)
+        made = exporter(rung)
         progress("comparing with torch")
-        session = Session(graph)
+        session = Session(made.graph)
         _prove(session, expected)
         if answers is not None:
-            prove_tokens(graph, session, answers)
-        return Export(graph, Rung(rung.opset, attention), parameters)
+            prove_tokens(made.graph, session, answers)
+        return Export(made.graph, Rung(rung.opset, made.attention), made.parameters)
 
     for rung in ladder:
         try:
@@ -185,7 +211,8 @@ def _export(model: Any, signature: Signature, opset: int, files: MappedFiles) ->
         )
     assert program is not None
     parameters = frozenset(program.model.graph.initializers)
-    program.optimize()
+    with _rules_where_they_fit():
+        program.optimize()
     written = program.model.opset_imports[""]
     if written != opset:
         raise LlmcError(f"torch.onnx wrote opset {written}")
@@ -193,6 +220,25 @@ def _export(model: Any, signature: Signature, opset: int, files: MappedFiles) ->
     for tensor, variable in zip(graph.inputs, signature.inputs, strict=True):
         tensor.shape = list(variable.shape)
     return graph, parameters
+
+
+@contextmanager
+def _rules_where_they_fit() -> Iterator[None]:
+    """onnxscript asks each of its rules at every node, and one of two results lists the whole graph each time: of a
+    decoder of 32 layers that was half of the export. Here a rule is asked where its (first) result may be made."""
+    from onnxscript.rewriter.pattern import RewriteRule
+
+    ask = RewriteRule.try_rewrite
+
+    def ask_where_it_fits(rule: RewriteRule, model: Any, graph: Any, node: ir.Node, **settings: Any) -> Any:
+        made_by = rule._target_pattern.output_nodes[0].op_identifier()
+        return ask(rule, model, graph, node, **settings) if made_by in (None, node.op_identifier()) else None
+
+    RewriteRule.try_rewrite = ask_where_it_fits
+    try:
+        yield
+    finally:
+        RewriteRule.try_rewrite = ask
 
 
 def _dynamic(size: str) -> Any:

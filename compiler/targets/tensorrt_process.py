@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from typing import IO, Any
 
+from llmc.compiler.child import how_it_ended
 from llmc.compiler.errors import LlmcError, TargetError
 from llmc.compiler.progress import Progress
 from llmc.compiler.targets.tensorrt_import import PRODUCT
@@ -29,12 +29,6 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 of an engine in the order of addresses, and the same model shall give the same bytes."""
 _WORKER = (sys.executable, "-ISc", _FIXED_ADDRESSES, "-P", "-m", "llmc.compiler.targets.tensorrt_worker")
 _LAST_LINES = 10
-_KILLED = {
-    signal.SIGKILL: "was killed (SIGKILL), most often because memory ran out",
-    signal.SIGABRT: "aborted (SIGABRT)",
-    signal.SIGSEGV: "crashed (SIGSEGV)",
-    signal.SIGBUS: "crashed (SIGBUS), most often because the disk is full",
-}
 
 
 def run(job: BuildJob | OperatorsJob, progress: Progress) -> Any:
@@ -92,6 +86,7 @@ def _died(product: str, status: int, phase: str, log: IO[bytes]) -> Exception:
     lines = log.read().decode(errors="replace").splitlines()
     if status > 0:  # a Python exception in the worker
         return RuntimeError(f"{product} worker failed while {phase}:\n" + "\n".join(lines))
-    how = _KILLED.get(signal.Signals(-status), f"was ended by {signal.Signals(-status).name}")
     last = "".join(f"\n  {line}" for line in lines[-_LAST_LINES:])
-    return TargetError(f"{product} {how} while {phase}" + (f"; the end of its log:{last}" if last else ""))
+    return TargetError(
+        f"{product} {how_it_ended(-status)} while {phase}" + (f"; the end of its log:{last}" if last else "")
+    )

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+from llmc.compiler.child import end_with_parent
 from llmc.compiler.peak import peak_bytes
 from llmc.compiler.targets import tensorrt_log
 from llmc.compiler.targets.input_shapes import Shapes
@@ -124,7 +124,7 @@ def main() -> None:
     try:
         if "engine" in job:
             _make(Path(job["engine"]))
-        threading.Thread(target=_end_with_parent, args=(job.get("engine"),), daemon=True).start()
+        end_with_parent(lambda: Path(job["engine"]).unlink(missing_ok=True) if "engine" in job else None)
         done = build(job, lambda text: say(phase=text)) if "model" in job else unsupported(job)
         say(done=done)
     except RefusedError as refused:
@@ -327,14 +327,6 @@ def _network_flags(trt: Any, plugins: bool) -> int:
 
 def _problem(text: str) -> Problem:
     return Problem(node="", operator="", text=text)
-
-
-def _end_with_parent(engine: str | None) -> None:
-    """Wait until standard input closes, because the parent is gone; then go too, without a trace."""
-    os.read(sys.stdin.fileno(), 1)
-    if engine:
-        Path(engine).unlink(missing_ok=True)
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmc.compiler.blocks import Blocks, Part, blocks_of
 from llmc.compiler.runner import Runner
 from llmc.passes.base import LlmcError
-from llmc.passes.graph import Array, Structure, from_model, to_structure
+from llmc.passes.graph import Array, Elementwise, Structure, from_model, loaded, to_structure
 
 WIDTH = 32
 WEIGHT = WIDTH * WIDTH * 4
@@ -144,3 +144,32 @@ def test_samples_go_through_together_each_with_its_own_values(monkeypatch: pytes
         np.testing.assert_array_equal(given_back, sample["h0"])
     assert isinstance(found[0][0].base, np.memmap)
     assert not isinstance(found[1][0].base, np.memmap)
+
+
+def test_computed_weights_are_mapped_and_computed_only_where_a_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits too, which ONNX Runtime takes as a value with every run, not as an array."""
+    monkeypatch.setattr("llmc.compiler.runner.FED_FROM", WEIGHT // 2)
+    structure = layers(3, "Cast<to = 1>(w{i})")
+    for tensor in structure.model.graph.initializer:
+        tensor.data_type = onnx.TensorProto.BFLOAT16
+    made = list[str]()
+
+    def computed(name: str, held: Array) -> Elementwise:
+        def narrow(block: Array) -> Array:
+            made.append(name)
+            return block.astype(ml_dtypes.bfloat16)
+
+        return Elementwise(onnx.TensorProto.BFLOAT16, held, narrow)
+
+    weights = {name: computed(name, loaded(held)) for name, held in structure.weights.items()}
+    blocks = blocks_of(Structure(structure.model, weights), whole=0, limit=WEIGHT)
+    assert blocks is not None
+    assert made == []
+    names = ["h3", "h1"]
+    found = one(blocks, values(), names)
+    assert made == ["w0", "w1", "w2"]
+    expected = values()["h0"]
+    for held in weights.values():
+        expected = np.tanh(expected @ held.load().astype(np.float32))
+    # float32 sums of 32 products in another order, three times over: 2^-24 each
+    np.testing.assert_allclose(found[0], expected, atol=3 * 32 * 2.0**-24)
