@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -37,6 +35,7 @@ from llmc.passes.graph import (
     stored_bytes,
     to_structure,
 )
+from llmc.passes.graph.in_parts import on_every_core
 
 T = TypeVar("T")
 _LOGGER = logging.getLogger("llmc.cache")
@@ -244,8 +243,7 @@ class Memory:
         """
 
         def write(store: Store) -> State:
-            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                list(pool.map(lambda name: self._origin(structure.weights[name], files), stays))
+            on_every_core(lambda name: self._origin(structure.weights[name], files), stays)
             told = self._keeping(structure)
             weights = {}
             for name, held in structure.weights.items():

@@ -54,6 +54,9 @@ class PlacedWeights(Derived):
         how += ["transposed"] if self.place.transposed else []
         return None if region is None else (region, " ".join(how))
 
+    def rows(self, rows: slice) -> Array:
+        return self._values.rows(rows)
+
     def blocks(self) -> Iterator[Array]:
         return self._values.blocks()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -10,7 +12,18 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from llmc.passes.graph import Array, Constant, Derived, Tensor, constant_value, load_values, numpy_dtype, onnx_dtype
+from llmc.passes.graph import (
+    Array,
+    Constant,
+    Rowwise,
+    Tensor,
+    constant_value,
+    load_values,
+    numpy_dtype,
+    onnx_dtype,
+    rows_of,
+)
+from llmc.passes.graph.in_parts import row_slices
 
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 
@@ -63,16 +76,18 @@ class Product:
             shifted = np.abs(bias * factor + offset)
             if not np.isfinite(factor).all() or not (shifted <= largest).all():
                 return f"the bias would leave the range of {numpy_dtype(onnx_dtype(self.weight)).name}"
-            if largest < 1e30 and not (np.abs(self._scaled(factor)) <= largest).all():
+            if largest < 1e30 and not all((np.abs(part) <= largest).all() for part in self._scaled_parts(factor)):
                 return f"'{self.weight.name}' would leave the range of {numpy_dtype(onnx_dtype(self.weight)).name}"
         return None
 
-    def scaled(self, factor: Array) -> Tensor | Derived:
+    def scaled(self, factor: Array) -> Tensor | Rowwise:
         """The weights times the factor of their channel, computed in float64 whenever they are asked for."""
         if (factor == 1).all():
             return self.weight
-        dtype = numpy_dtype(onnx_dtype(self.weight))
-        return Derived(onnx_dtype(self.weight), tuple(self.weight.shape), lambda: self._scaled(factor).astype(dtype))
+        dtype, by, read = numpy_dtype(onnx_dtype(self.weight)), self._along_weight(factor), self._rows
+        return Rowwise(
+            onnx_dtype(self.weight), by.shape, lambda rows: (read(rows).astype(np.float64) * by[rows]).astype(dtype)
+        )
 
     def shifted(self, factor: Array, offset: Array) -> Array:
         """The bias times the factor, plus the offset."""
@@ -80,15 +95,27 @@ class Product:
         assert bias is not None
         return (bias * factor + offset).astype(numpy_dtype(onnx_dtype(self.weight)))
 
-    def _scaled(self, factor: Array) -> Array:
-        weight = values_of(self.weight).astype(np.float64)
+    @cached_property
+    def _rows(self) -> Callable[[slice], Array]:
+        """Reads rows of the weights as they are now, seen through Cast and Identity."""
+        held = self.weight._values if isinstance(self.weight, Constant) else values_of(self.weight)
+        return partial(rows_of, held)
+
+    def _along_weight(self, factor: Array) -> Array:
+        """The factors where each meets its channel's weights, of the weights' shape."""
+        shape = tuple(map(int, self.weight.shape))
+        others = [1] * len(shape)
         if self.op != "ConvTranspose":
-            shape = [1] * weight.ndim
-            shape[self.channel_axis] = self.channels
-            return weight * factor.reshape(shape)
+            others[self.channel_axis] = self.channels
+            return np.broadcast_to(factor.reshape(others), shape)
         group = int(self.attributes.get("group", 1))
-        grouped = factor.reshape(group, -1).repeat(weight.shape[0] // group, axis=0)
-        return weight * grouped.reshape(*grouped.shape, *[1] * (weight.ndim - 2))
+        grouped = factor.reshape(group, -1).repeat(shape[0] // group, axis=0)
+        return np.broadcast_to(grouped.reshape(*grouped.shape, *others[2:]), shape)
+
+    def _scaled_parts(self, factor: Array) -> Iterator[Array]:
+        """The scaled weights in float64, some rows at a time."""
+        by = self._along_weight(factor)
+        return (self._rows(rows).astype(np.float64) * by[rows] for rows in row_slices(by.shape))
 
 
 def along_channels(constant: Tensor, rank: int, channels: int) -> Array | None:

@@ -13,18 +13,19 @@ from llmc.passes.fuse.split_heads import HeadSplitter, NotSplitError
 from llmc.passes.graph import (
     Array,
     Constant,
-    Derived,
     Graph,
     Node,
+    Rowwise,
     Tensor,
     constant_value,
     fresh_names,
-    load_values,
+    loaded,
     metadata,
     module_of,
     onnx_dtype,
     operators,
     outputs_of_scopes,
+    rows_of,
     scopes,
 )
 from llmc.passes.match import called
@@ -217,15 +218,14 @@ class _Merger:
     def _weights(self, projections: Sequence[Projection]) -> Constant:
         """[W W …], put together whenever it is read."""
         # As they are now, and which way round.
-        held = [(Constant(p.weight.name, p.weight._values), p.transposed) for p in projections]
+        held = [(p.weight._values, p.transposed) for p in projections]
         first = projections[0]
         shape = (int(first.weight.shape[1 if first.transposed else 0]), sum(p.width for p in projections))
 
-        def joined() -> Array:
-            weights = [load_values(c).T if transposed else load_values(c) for c, transposed in held]
-            return np.concatenate(weights, axis=1)
+        def joined(rows: slice) -> Array:
+            return np.concatenate([loaded(w).T[rows] if turned else rows_of(w, rows) for w, turned in held], axis=1)
 
-        return Constant(self.fresh(f"{first.weight.name}_merged"), Derived(onnx_dtype(first.weight), shape, joined))
+        return Constant(self.fresh(f"{first.weight.name}_merged"), Rowwise(onnx_dtype(first.weight), shape, joined))
 
 
 def _producer(tensor: Tensor) -> Node | None:

@@ -60,6 +60,7 @@ from llmc.passes.graph.tensors import Elementwise as Elementwise
 from llmc.passes.graph.tensors import FileRegion as FileRegion
 from llmc.passes.graph.tensors import Graph as Graph
 from llmc.passes.graph.tensors import Node as Node
+from llmc.passes.graph.tensors import Rowwise as Rowwise
 from llmc.passes.graph.tensors import Shape as Shape
 from llmc.passes.graph.tensors import Structure as Structure
 from llmc.passes.graph.tensors import Tensor as Tensor
@@ -77,6 +78,7 @@ from llmc.passes.graph.tensors import module_of as module_of
 from llmc.passes.graph.tensors import numpy_dtype as numpy_dtype
 from llmc.passes.graph.tensors import onnx_dtype as onnx_dtype
 from llmc.passes.graph.tensors import pack_four_bit as pack_four_bit
+from llmc.passes.graph.tensors import rows_of as rows_of
 from llmc.passes.graph.tensors import shape_of as shape_of
 from llmc.passes.graph.tensors import stored_bytes as stored_bytes
 from llmc.passes.graph.tensors import unpack_four_bit as unpack_four_bit

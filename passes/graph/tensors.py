@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 
+from llmc.passes.graph.in_parts import ahead, on_every_core, row_slices
 from llmc.passes.graph.nodes import Array as Array
 from llmc.passes.graph.nodes import Constant as Constant
 from llmc.passes.graph.nodes import Graph as Graph
@@ -29,6 +30,8 @@ BEGINNING = 1024
 """Values of a weight that are compared with another's before all are."""
 BLOCK = 16 << 20
 """Bytes of a large weight that are worked on at a time, where they can be."""
+COMPUTED = 8 << 20
+"""Bytes, in float32, of a weight that a core computes at a time."""
 STRIP = 256
 """Columns of a transposed array that are copied at a time: their rows' lines stay in the processor's cache."""
 FOUR_BIT = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
@@ -59,7 +62,7 @@ class Weights:
     @cached_property
     def beginning(self) -> bytes:
         """Of the values: tells most weights apart, and is read, or computed, once."""
-        return beginning(next(self.blocks()))
+        return beginning(self.rows(slice(0, -(-BEGINNING // max(prod(self.shape[1:]), 1)))))
 
     def check(self) -> None:
         """See that the bytes are still those that they were, where that can be told; `load` does it by itself."""
@@ -79,8 +82,13 @@ class Weights:
             return unpack_four_bit(raw, self.dtype, self.shape)
         return raw.view(self.dtype).reshape(self.shape)
 
+    def rows(self, rows: slice) -> Array:
+        """Some rows, that is what the first axis numbers, and no others are read; a scalar is all that there is."""
+        values = self.load()
+        return values[rows] if values.ndim else values
+
     def blocks(self) -> Iterator[Array]:
-        """The values from first to last in arrays of some `BLOCK` bytes: rows, that is what the first axis numbers."""
+        """The values from first to last in arrays of some `BLOCK` bytes: rows, or a single one."""
         return in_blocks(self.load())
 
 
@@ -102,6 +110,13 @@ def contiguous(values: Array) -> Array:
     for begin in range(0, values.shape[1], STRIP):
         made[:, begin : begin + STRIP] = values[:, begin : begin + STRIP]
     return made
+
+
+def rows_of(held: Array | Weights, rows: slice) -> Array:
+    """`Weights.rows` of values, wherever they are held."""
+    if isinstance(held, Weights):
+        return held.rows(rows)
+    return held[rows] if held.ndim else held
 
 
 def blocks_of(held: Array | Weights) -> Iterator[Array]:
@@ -133,30 +148,46 @@ class Derived(Weights):
         return self.make()
 
 
-class Elementwise(Derived):
-    """Values that are each made from the one at its place in `source`: made block by block, and written so.
+class Rowwise(Derived):
+    """Values whose rows do not depend on one another: made some rows at a time, on every core, and written so.
+
+    `make_rows` gives the rows of a slice of the first axis (of a scalar all that there is), the same ones every time.
+    """
+
+    def __init__(self, onnx_dtype: int, shape: tuple[int, ...], make_rows: Callable[[slice], Array]) -> None:
+        super().__init__(onnx_dtype, shape, self._whole)
+        self._make_rows = make_rows
+
+    def rows(self, rows: slice) -> Array:
+        return self._make_rows(rows)
+
+    def blocks(self) -> Iterator[Array]:
+        return ahead(self._make_rows, self._parts())
+
+    def _parts(self) -> list[slice]:
+        return row_slices(self.shape, COMPUTED // 4) if self.shape else [slice(None)]
+
+    def _whole(self) -> Array:
+        parts = self._parts()
+        if len(parts) == 1:
+            return self._make_rows(parts[0])
+        whole = np.empty(self.shape, self.dtype)
+
+        def put(rows: slice) -> None:
+            whole[rows] = self._make_rows(rows)
+
+        on_every_core(put, parts)
+        return whole
+
+
+class Elementwise(Rowwise):
+    """Values that are each made from the one at its place in `source`.
 
     `change` gives for rows of the source an array of their shape and of this type.
     """
 
     def __init__(self, onnx_dtype: int, source: Array | Weights, change: Callable[[Array], Array]) -> None:
-        super().__init__(onnx_dtype, tuple(source.shape), self._whole)
-        self._source, self._change = source, change
-
-    def blocks(self) -> Iterator[Array]:
-        return (self._change(contiguous(block)) for block in blocks_of(self._source))
-
-    def _whole(self) -> Array:
-        made = self.blocks()
-        first = next(made)
-        if first.shape == self.shape:
-            return first
-        whole, begin = np.empty(self.shape, self.dtype), len(first)
-        whole[:begin] = first
-        for block in made:
-            whole[begin : begin + len(block)] = block
-            begin += len(block)
-        return whole
+        super().__init__(onnx_dtype, tuple(source.shape), lambda rows: change(contiguous(rows_of(source, rows))))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from llmc.passes.graph import Array, numpy_dtype
-from llmc.passes.precision.in_parts import on_every_core
+from llmc.passes.graph.in_parts import on_every_core
 from llmc.passes.precision.rounding.parts import Part, grids_of, parts_of, square
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)

@@ -11,14 +11,14 @@ import numpy as np
 from llmc.passes.graph import (
     Array,
     Constant,
-    Derived,
     Node,
+    Rowwise,
     Tensor,
-    load_values,
+    loaded,
     onnx_dtype,
     rewire,
+    rows_of,
 )
-from llmc.passes.precision.in_parts import on_every_core, row_slices
 from llmc.passes.precision.qdq import producer
 
 Names = Callable[[str], str]
@@ -46,23 +46,16 @@ class Refusal(str):
 
 def quotient(constant: Constant, divisor: Array, fresh: Names) -> Constant:
     """A constant divided, in its own type; computed from the old one whenever its values are asked for."""
-    dtype = np.dtype(constant.dtype)
-    held = constant.copy()
+    dtype, held = np.dtype(constant.dtype), constant._values  # as they are now
     shape = np.broadcast_shapes(tuple(constant.shape), divisor.shape)
+    by = np.broadcast_to(divisor, shape)
 
-    def divided() -> Array:
-        if len(shape) < 2:
-            return (load_values(held).astype(np.float32) / divisor).astype(dtype)
-        values, by = (np.broadcast_to(array, shape) for array in (load_values(held), divisor))
-        made = np.empty(shape, dtype)
-
-        def divide(rows: slice) -> None:
-            made[rows] = values[rows].astype(np.float32) / by[rows]
-
-        on_every_core(divide, row_slices(shape))
+    def divided(rows: slice) -> Array:
+        values = rows_of(held, rows) if tuple(held.shape) == shape else np.broadcast_to(loaded(held), shape)[rows]
+        made: Array = (values.astype(np.float32) / (by[rows] if shape else by)).astype(dtype)
         return made
 
-    return Constant(fresh(f"{constant.name}_scaled"), Derived(onnx_dtype(constant), shape, divided))
+    return Constant(fresh(f"{constant.name}_scaled"), Rowwise(onnx_dtype(constant), shape, divided))
 
 
 def divide(tensor: Tensor, divisor: Array, readers: Iterable[Node], outputs: Set[int]) -> list[Division] | Refusal:

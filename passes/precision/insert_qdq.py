@@ -11,9 +11,9 @@ from llmc.passes.base import LlmcError, Scales
 from llmc.passes.graph import (
     Array,
     Constant,
-    Derived,
     Graph,
     Node,
+    Rowwise,
     Tensor,
     Variable,
     fresh_names,
@@ -21,26 +21,34 @@ from llmc.passes.graph import (
     outputs_of_scopes,
     unlink,
 )
-from llmc.passes.precision.in_parts import on_every_core, row_slices
+from llmc.passes.graph.in_parts import on_every_core, row_slices
 from llmc.passes.precision.levels import Levels
-from llmc.passes.precision.products import Product, Reader
+from llmc.passes.precision.products import WHOLE, Product, Reader
 
 
 def channel_scales(product: Product, levels: Levels) -> Array:
     """A scale for each output channel of a product's weight. Raises LlmcError for a weight that is not finite."""
-    values = cast("Reader", product.read)()
-    others = tuple(i for i in range(values.ndim) if i != product.axis)
+    read = cast("Reader", product.read)
+    shape = _shape(product)
+    others = tuple(i for i in range(len(shape)) if i != product.axis)
 
     def reach(rows: slice) -> Array:
-        found: Array = np.abs(values[rows]).max(axis=others, initial=0)
+        found: Array = np.abs(read(rows)).max(axis=others, initial=0)
         return found
 
-    parts = on_every_core(reach, row_slices(values.shape))
+    parts = on_every_core(reach, row_slices(shape))
     amax = np.concatenate(parts) if product.axis == 0 else np.maximum.reduce(parts)
     if not np.isfinite(amax).all():
         weight = cast("Tensor", product.weight)
         raise LlmcError(f"weight '{weight.name}' of {product.node.name} has NaN or infinity: it cannot be quantized")
     return levels.scales(amax, product.dtype)
+
+
+def _shape(product: Product) -> tuple[int, ...]:
+    """Of the weight."""
+    weight = cast("Tensor", product.weight)
+    known = weight.shape if weight.shape is not None else cast("Reader", product.read)(WHOLE).shape
+    return tuple(map(int, known))
 
 
 class Inserter:
@@ -87,9 +95,9 @@ class Inserter:
         if (id(weight), axis) not in self.made:
             read, scale = cast("Reader", product.read), channel_scales(product, self.levels)
             self.scales.count(scale)
-            shape = tuple(weight.shape) if weight.shape is not None else read().shape
-            spread = np.expand_dims(scale, tuple(i for i in range(len(shape)) if i != axis))
-            stored = Derived(self.levels.dtype, shape, lambda: self.levels.quantize_whole(read(), spread))
+            shape = _shape(product)
+            spread = np.broadcast_to(np.expand_dims(scale, [i for i in range(len(shape)) if i != axis]), shape)
+            stored = Rowwise(self.levels.dtype, shape, lambda rows: self.levels.quantize(read(rows), spread[rows]))
             constant = Constant(self.fresh(f"{weight.name}_{self.levels.name}"), stored)
             self._dequantize(product, weight, [constant, *self._parameters(weight.name, scale)], axis=axis)
         return self.made[id(weight), axis]

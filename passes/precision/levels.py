@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 
 from llmc.passes.graph import Array, numpy_dtype
-from llmc.passes.precision.in_parts import on_every_core, row_slices
 from llmc.passes.precision.scales import rounded_up
 
 LEVELS = 127
@@ -47,16 +46,6 @@ class Levels:
             return self.quantize(values, scale)
         found: Array = np.clip(np.rint(values / scale.astype(np.float32)), -self.largest - 1, self.largest)
         return found.astype(self.numpy)
-
-    def quantize_whole(self, values: Array, scale: Array) -> Array:
-        """The same of a large array, part by part; `scale` has as many axes."""
-        made = np.empty(values.shape, self.numpy)
-
-        def quantize(rows: slice) -> None:
-            made[rows] = self.quantize(values[rows], scale if len(scale) == 1 else scale[rows])
-
-        on_every_core(quantize, row_slices(values.shape))
-        return made
 
 
 INT8 = Levels("int8", onnx.TensorProto.INT8, LEVELS, since=13)

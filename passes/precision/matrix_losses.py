@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.passes.graph import Array, Constant, load_values
-from llmc.passes.precision.in_parts import on_every_core, slices
+from llmc.passes.graph.in_parts import on_every_core, slices
 from llmc.passes.precision.insert_qdq import channel_scales
 from llmc.passes.precision.levels import Levels
-from llmc.passes.precision.products import Product
+from llmc.passes.precision.products import WHOLE, Product
 
 PART = 1 << 22
 """Values of a weight, or of results, that are looked at together on a core."""
@@ -48,7 +48,7 @@ class MatrixProduct:
         read = self.product.read
         if read is None:
             raise TypeError(f"{self.product.node.name} multiplies two activations")
-        matrix = read()
+        matrix = read(WHOLE)
         matrix = matrix if self.product.axis == 1 else matrix.T
         exact = rows.astype(np.float32)
         coarse = self._rounded(self.levels.saturate(exact, self.step).astype(np.float32) * np.float32(self.step))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
 
-from llmc.passes.graph import Array, Constant, Node, Tensor, constant_value, load_values, numpy_dtype
+from llmc.passes.graph import Array, Constant, Node, Tensor, constant_value, numpy_dtype, rows_of
 
 SINCE = {np.dtype(np.float32): 13, np.dtype(np.float16): 19}
 """Type that can be quantized → the opset from which QuantizeLinear takes it, with an axis."""
 
 
-Reader = Callable[[], Array]
-"""Reads a constant's values, when they are needed."""
+Reader = Callable[[slice], Array]
+"""Reads rows of a constant, when they are needed."""
+WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def as_product(node: Node, attention: bool) -> Product | str:
     if position == 0 and node.op.startswith("Conv"):
         return "its weight is not constant"
     read = cast("Reader", readers[position])
-    weight = read()
+    weight = read(WHOLE)
     if weight.dtype not in SINCE:
         return f"its weight is {weight.dtype}; only float32 and float16 are quantized"
     if weight.ndim < 2:
@@ -101,26 +103,25 @@ def _reader(tensor: Tensor) -> Reader | None:
     It reads what stands there now, whatever later passes do to the tensors on the way.
     """
     if isinstance(tensor, Constant):
-        held = tensor.copy()
-        return lambda: load_values(held)
+        return partial(rows_of, tensor._values)
     node = _producer(tensor, {"Transpose", "Reshape", "Cast", "Identity"})
     inner = _reader(node.inputs[0]) if node is not None else None
     if node is None or inner is None:
         return None
     if node.op == "Transpose":
         order = node.attrs.get("perm")
-        return lambda: inner().transpose(order)
+        return lambda rows: inner(WHOLE).transpose(order)[rows]
     if node.op == "Cast":
         dtype = numpy_dtype(node.attrs["to"])
-        return lambda: inner().astype(dtype)
+        return lambda rows: inner(rows).astype(dtype)
     if node.op == "Identity":
         return inner
     wanted = constant_value(node.inputs[1])
     if wanted is None:
         return None
-    old, zero_is_old = inner().shape, not node.attrs.get("allowzero", 0)
+    old, zero_is_old = inner(WHOLE).shape, not node.attrs.get("allowzero", 0)
     shape = [old[i] if size == 0 and zero_is_old else int(size) for i, size in enumerate(wanted)]
-    return lambda: inner().reshape(shape)
+    return lambda rows: inner(WHOLE).reshape(shape)[rows]
 
 
 def _producer(tensor: Tensor, ops: Collection[str]) -> Node | None:

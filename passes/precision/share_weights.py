@@ -26,11 +26,11 @@ from llmc.passes.graph import (
     metadata,
     outputs_of_scopes,
 )
+from llmc.passes.graph.in_parts import on_every_core, row_slices
 from llmc.passes.opset import raise_opset
 from llmc.passes.placement import Placement
 from llmc.passes.precision.calibration import Calibration
 from llmc.passes.precision.equal_weights import digest_of, share_equal
-from llmc.passes.precision.in_parts import on_every_core, row_slices
 from llmc.passes.precision.rounding.codebooks import Layout, Shared, share
 from llmc.passes.precision.rounding.moments import Moments, Source, gather
 from llmc.passes.precision.selection import SelectivePass

@@ -44,7 +44,7 @@ def test_the_file_has_no_name(tmp_path: Path) -> None:
 
 
 def test_a_weight_is_computed_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmc.passes.graph.tensors.BLOCK", 1 << 12)
+    monkeypatch.setattr("llmc.passes.graph.tensors.COMPUTED", 1 << 12)
     source = np.random.default_rng(0).standard_normal((64, 100), np.float32)
     rows = []
 

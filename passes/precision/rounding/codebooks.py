@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.passes.graph import Array
-from llmc.passes.precision.in_parts import on_every_core, row_slices, slices
+from llmc.passes.graph.in_parts import on_every_core, row_slices, slices
 from llmc.passes.precision.rounding.gptq import Debts, one_after_another
 
 VALUES = 1 << 21

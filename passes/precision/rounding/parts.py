@@ -9,7 +9,7 @@ from math import prod, sqrt
 import numpy as np
 
 from llmc.passes.graph import Array
-from llmc.passes.precision.in_parts import on_every_core, slices
+from llmc.passes.graph.in_parts import on_every_core, slices
 from llmc.passes.precision.rounding.grid import Grid, Levels, Rounded
 
 PART = 1 << 17

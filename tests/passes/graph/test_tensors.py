@@ -48,6 +48,7 @@ def test_blocks_are_the_whole(shape: tuple[int, ...], block: int, transposed: bo
     values = whole.T if transposed else whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensors, "BLOCK", block)
+        patch.setattr(tensors, "COMPUTED", block)
         onnx_dtype = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
         assert b"".join(raw_blocks(values, onnx_dtype)) == bytes(raw_values(values, onnx_dtype))
         assert all(len(part) == 1 or part.nbytes <= block for part in blocks_of(values) if part.ndim and part.size)
@@ -70,7 +71,7 @@ def test_no_more_of_a_weight_is_made_than_a_block(tmp_path: Path) -> None:
         graph = Graph(nodes=[Node("Identity", "n", inputs=[Constant("w", made)], outputs=[output])], outputs=[output])
         graph.opset, graph.ir_version = 21, 10
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tensors, "BLOCK", 1 << 16)
+            patch.setattr(tensors, "COMPUTED", 1 << 16)
             tracemalloc.start()
             try:
                 save_model(graph, tmp_path / "m.onnx", inline_below=1024)

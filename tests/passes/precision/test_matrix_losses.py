@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llmc.compiler.session import Session
 from llmc.passes.base import LlmcError
-from llmc.passes.graph import Array, Graph, Node
-from llmc.passes.precision import in_parts, matrix_losses
+from llmc.passes.graph import Array, Graph, Node, in_parts
+from llmc.passes.precision import matrix_losses
 from llmc.passes.precision.insert_qdq import Inserter
 from llmc.passes.precision.levels import FP8, INT8, Levels
 from llmc.passes.precision.matrix_losses import MatrixProduct, Sums, is_matrix_product

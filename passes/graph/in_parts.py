@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import TypeVar
@@ -13,6 +14,8 @@ Found = TypeVar("Found")
 
 PART = 1 << 20
 """Values that a core works on at a time."""
+AHEAD = 4
+"""Parts that are made at most while another one is used: each of them is in memory."""
 
 
 def on_every_core(work: Callable[[Part], Found], parts: Iterable[Part]) -> list[Found]:
@@ -22,6 +25,22 @@ def on_every_core(work: Callable[[Part], Found], parts: Iterable[Part]) -> list[
         return [work(given[0])]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(work, given))
+
+
+def ahead(work: Callable[[Part], Found], parts: Sequence[Part]) -> Iterator[Found]:
+    """The same one after the other: while one is used, those that come next are made, and no others."""
+    if len(parts) == 1:
+        yield work(parts[0])
+        return
+    threads = min(len(os.sched_getaffinity(0)), AHEAD)
+    with ThreadPoolExecutor(threads) as pool:
+        begun = deque(pool.submit(work, part) for part in parts[:threads])
+        for part in parts[threads:]:
+            found = begun.popleft().result()
+            begun.append(pool.submit(work, part))
+            yield found
+        while begun:
+            yield begun.popleft().result()
 
 
 def slices(size: int, step: int) -> list[slice]:
