@@ -11,6 +11,7 @@ import onnx
 
 from llmc.compiler.blocks import Blocks, blocks_of
 from llmc.compiler.half import has_halves, round_halves
+from llmc.compiler.integers import has_signed_products, with_unsigned_products
 from llmc.compiler.narrow import has_narrow, spell_out
 from llmc.compiler.runner import Runner
 from llmc.passes.cache.int8_cache import Int8Cache
@@ -24,10 +25,10 @@ class Session:
     """One graph, ready to run on the CPU. Weights are read where they are, not copied.
 
     float16 and bfloat16 round after every operator, as on a GPU (see `compiler/half.py`); types that ONNX Runtime lacks
-    are spelled out (see `compiler/narrow.py`). A graph with a static cache takes inputs, and gives outputs,
-    of its growing form as well (see `passes/cache/static_cache.py`), one with int8 caches likewise of its float form
-    (see `passes/cache/int8_cache.py`). A graph of more weights than should be in memory at once runs block by block
-    (see `compiler/blocks.py`).
+    are spelled out (see `compiler/narrow.py`), and products of int8 are exact (see `compiler/integers.py`). A graph
+    with a static cache takes inputs, and gives outputs, of its growing form as well (see
+    `passes/cache/static_cache.py`), one with int8 caches likewise of its float form (see `passes/cache/int8_cache.py`).
+    A graph of more weights than should be in memory at once runs block by block (see `compiler/blocks.py`).
 
     `extra_outputs` are tensors of the graph to give back beside its outputs. Raises LlmcError where ONNX
     Runtime cannot run the graph, with its reason.
@@ -37,6 +38,7 @@ class Session:
         self._static, self._int8 = StaticCache.of(graph), Int8Cache.of(graph)
         self._types = {tensor.name: numpy_dtype(onnx_dtype(tensor)) for tensor in graph.inputs}
         graph = spell_out(graph) if has_narrow(graph) else graph
+        graph = with_unsigned_products(graph) if has_signed_products(graph) else graph
         structure = to_structure(round_halves(graph, extra_outputs) if has_halves(graph) else graph)
         present = {info.name for info in structure.model.graph.output}
         structure.model.graph.output.extend(
