@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from llmc.passes.base import Activations
-from llmc.passes.graph import Array, Graph
+from llmc.passes.graph import Graph
 from llmc.passes.precision.levels import Levels
-from llmc.passes.precision.rows import ExactProducts, Rows, batched, gather_rows
+from llmc.passes.precision.rows import ExactProducts, Rows, Stack, batched, gather_rows
 from llmc.passes.precision.weight_sites import WeightSite, weight_sites
 
 Clip = tuple[str, float]
@@ -51,7 +51,7 @@ def searched(
     chosen = dict.fromkeys(tensors, ELSE)
     for part in batched(known, MEMORY):
         for name, rows in gather_rows(activations, graph, part, samples).items():
-            weight = np.concatenate([site.matrix().astype(np.float32) for site in sites[name]])
+            weight = Stack([site.view() for site in sites[name]])
             losses = _losses(rows, weight, levels, {clip: found[name] for clip, found in clips.items()})
             chosen[name] = min(losses, key=lambda clip: losses[clip])
     amax: dict[str, float] = {}
@@ -65,7 +65,7 @@ def _is_matrix(site: WeightSite) -> bool:
     return site.activation_axis == -1 and len(site.weight.shape) == 2
 
 
-def _losses(rows: Rows, weight: Array, levels: Levels, clips: Mapping[Clip, float]) -> dict[Clip, float]:
+def _losses(rows: Rows, weight: Stack, levels: Levels, clips: Mapping[Clip, float]) -> dict[Clip, float]:
     """Mean square error of rows · weightᵀ for each clip, each row relative to the spread of its result."""
     kept = np.concatenate([fold.rows for fold in rows.folds])
     exact = ExactProducts(kept, weight)
@@ -73,6 +73,7 @@ def _losses(rows: Rows, weight: Array, levels: Levels, clips: Mapping[Clip, floa
     def loss(clip: float) -> float:
         scale = levels.scales(np.array([clip], np.float32), np.dtype(np.float32))
         rounded = levels.quantize(kept, scale).astype(np.float32) * scale
-        return exact.mean_square((rounded - kept) @ weight.T)
+        moved = rounded - kept
+        return exact.mean_square(lambda part, _: moved @ part.T)
 
     return {clip: loss(amax) for clip, amax in clips.items()}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
 from llmc.passes.base import Activations, LlmcError, Measured
 from llmc.passes.graph import Array, Graph
+from llmc.passes.graph.in_parts import on_every_core, row_slices
 
+Found = TypeVar("Found")
 FOLDS = 2
 """Parts that the rows fall into. What is fitted to one is judged on the other: rows not seen decide."""
 KEPT = 256
@@ -142,18 +146,54 @@ def batched(channels: Mapping[str, int], memory: int) -> list[dict[str, int]]:
     return parts if parts[0] else []
 
 
-class ExactProducts:
-    """rows [n, depth] · weight [channels, depth]ᵀ, and how far other products are from them."""
+@dataclass(frozen=True)
+class Stack:
+    """Constant matrices [outputs, depth] of one depth, one under the other; read as float32, some outputs at a time."""
 
-    def __init__(self, rows: Array, weight: Array) -> None:
-        self.values: Array = rows @ weight.T
-        spread = np.mean((self.values - self.values.mean(axis=0)) ** 2, axis=1)
+    matrices: Sequence[Array]
+    """Of any float type, mapped or in memory."""
+
+    @cached_property
+    def _parts(self) -> list[tuple[int, Array]]:
+        parts = [matrix[some] for matrix in self.matrices for some in row_slices(matrix.shape)]
+        return list(enumerate(parts))
+
+    @property
+    def outputs(self) -> int:
+        """Of all matrices."""
+        return sum(len(matrix) for matrix in self.matrices)
+
+    def each(self, work: Callable[[int, Array], Found]) -> list[Found]:
+        """What `work` gives for the number of a part and its values, float32 [some outputs, depth], on every core."""
+        return on_every_core(lambda part: work(part[0], part[1].astype(np.float32)), self._parts)
+
+    def peaks(self) -> Array:
+        """The largest magnitude of each column: float32 [depth]."""
+        found: Array = np.maximum.reduce(self.each(lambda _, weight: np.abs(weight).max(axis=0)))
+        return found
+
+
+class ExactProducts:
+    """rows [n, depth] · weightᵀ, and how far other products are from them."""
+
+    def __init__(self, rows: Array, weight: Stack) -> None:
+        self._weight = weight
+        self._values = weight.each(lambda _, part: rows @ part.T)
+        spread = sum(_squares_of_rows(values) for values in self._values) / weight.outputs
         self._importance = 1 / np.maximum(spread, np.finfo(np.float32).tiny)
 
-    def mean_square(self, off: Array) -> float:
-        """Of the errors `off` [n, channels], each row relative to the spread of its result.
+    def mean_square(self, off: Callable[[Array, Array], Array]) -> float:
+        """Of errors, each row relative to the spread of its result.
 
-        What is the same in all rows does not count, since a bias takes it.
+        `off` gives, for some of the weight [outputs, depth] and their exact products [n, outputs], how far others are
+        from these. What is the same in all rows does not count, since a bias takes it.
         """
-        off = off - off.mean(axis=0)
-        return float(np.mean(np.mean(off**2, axis=1) * self._importance))
+        parts = self._weight.each(lambda number, part: _squares_of_rows(off(part, self._values[number])))
+        return float(np.mean(sum(parts) / self._weight.outputs * self._importance))
+
+
+def _squares_of_rows(values: Array) -> Array:
+    """The sum of squares of each row, without what is the same in all rows: float64 [rows]."""
+    moved = values - values.mean(axis=0)
+    found: Array = np.einsum("ij,ij->i", moved, moved, dtype=np.float64)
+    return found

@@ -25,7 +25,7 @@ from llmc.passes.graph import (
 from llmc.passes.precision.bias import add_bias, bias_is_known
 from llmc.passes.precision.calibration import Calibration
 from llmc.passes.precision.channel_scaling import Refusal, divide, quotient
-from llmc.passes.precision.rows import Rows, batched, gather_rows
+from llmc.passes.precision.rows import Rows, Stack, batched, gather_rows
 from llmc.passes.precision.selection import SelectivePass
 from llmc.passes.precision.smoothing import ALPHAS, Smoothing, find_smoothing
 from llmc.passes.precision.weight_sites import WeightSite, weight_sites
@@ -97,7 +97,7 @@ class SmoothQuant(SelectivePass):
         return list(groups.values())
 
     def _find(self, group: _Group, rows: Rows) -> Smoothing:
-        weight = np.concatenate([site.matrix().astype(np.float32) for site in group.sites])
+        weight = Stack([site.view() for site in group.sites])
         return find_smoothing(rows, weight, self.shift, ALPHAS if self.alpha is None else (self.alpha,))
 
 
@@ -157,8 +157,8 @@ class _Editor:
             return
         for site in group.sites:
             if found.offset.any():
-                added = found.offset.astype(np.float64) @ site.matrix().T
-                add_bias(self.graph, site.node, added.astype(site.weight.dtype), self.outputs, self.fresh)
+                added = _of_offset(site, found.offset).astype(site.weight.dtype)
+                add_bias(self.graph, site.node, added, self.outputs, self.fresh)
             inverse = _along(site, 1 / found.scale)
             rewire([(site.node, site.position, quotient(site.weight, inverse, self.fresh))])
         if isinstance(divisions, Refusal):
@@ -183,6 +183,12 @@ class _Editor:
         self.graph.nodes.insert(position, node)
         rewire([(site.node, 1 - site.position, made) for site in group.sites])
         return made
+
+
+def _of_offset(site: WeightSite, offset: Array) -> Array:
+    """What a product makes of the offset [depth] of its activation: float64 [outputs]."""
+    wide = offset.astype(np.float64)
+    return np.concatenate(Stack([site.view()]).each(lambda _, weight: wide @ weight.T))
 
 
 def _along(site: WeightSite, values: Array) -> Array:

@@ -47,9 +47,13 @@ class WeightSite:
         return int(self.weight.shape[self.depth_axis])
 
     def matrix(self) -> Array:
-        """The weight's values as [rows, depth], each row what one output channel multiplies."""
-        values = np.moveaxis(load_values(self.weight), self.depth_axis, -1)
-        return np.ascontiguousarray(values.reshape(-1, self.depth))
+        """The weight's values as [rows, depth], each row what one output channel multiplies; contiguous."""
+        return np.ascontiguousarray(self.view())
+
+    def view(self) -> Array:
+        """The same in whatever order: of a weight of two axes nothing is copied."""
+        values: Array = np.moveaxis(load_values(self.weight), self.depth_axis, -1).reshape(-1, self.depth)
+        return values
 
     def shaped(self, rows: Array) -> Array:
         """[rows, n] → the weight's own axes, with n along the one that is summed over."""

@@ -8,7 +8,9 @@ from hypothesis.extra import numpy as npst
 
 from llmc.compiler.calibrate import SampledActivations
 from llmc.passes.base import LlmcError
-from llmc.passes.precision.rows import FOLDS, KEPT, Rows, batched, digest, gather_rows
+from llmc.passes.graph.in_parts import row_slices
+from llmc.passes.precision import rows as rows_module
+from llmc.passes.precision.rows import FOLDS, KEPT, ExactProducts, Rows, Stack, batched, digest, gather_rows
 
 
 def state(rows):
@@ -70,3 +72,27 @@ def test_tensors_are_cut_to_what_fits_in_memory():
     assert batched({}, 1) == []
     assert batched({"a": 8, "b": 8}, 1) == [{"a": 8}, {"b": 8}]
     assert batched({"a": 8, "b": 8, "c": 8}, 2 * 8 * 4 * FOLDS * (KEPT + 4)) == [{"a": 8, "b": 8}, {"c": 8}]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    outputs=st.lists(st.integers(1, 9), min_size=1, max_size=3), part=st.integers(1, 40), seed=st.integers(0, 1 << 20)
+)
+def test_products_in_parts_are_those_of_the_whole(outputs, part, seed):
+    """Of matrices of either order in memory, one under the other, by NumPy in float64."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((6, 5)).astype(np.float32)
+    matrices = [rng.standard_normal((5, n)).astype(np.float16).T for n in outputs]
+    matrices[0] = np.ascontiguousarray(matrices[0])
+    whole = np.concatenate(matrices).astype(np.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "row_slices", lambda shape: row_slices(shape, part))
+        stack = Stack(matrices)
+        assert stack.outputs == sum(outputs)
+        np.testing.assert_array_equal(stack.peaks(), np.abs(whole).max(axis=0))
+        found = ExactProducts(rows, stack).mean_square(lambda weight, exact: 1.5 * (rows @ weight.T) - exact + 7)
+    exact = rows.astype(np.float64) @ whole.T
+    spread = np.mean((exact - exact.mean(axis=0)) ** 2, axis=1)
+    expected = np.mean(0.25 * spread / spread)  # half of each result is off, and 7 that a bias takes
+    # float32 sums of 5 products, of results that the 7 makes up to some ten times as large
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
