@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from limits import Limit, find_limit
 from rich.console import Console
 from rich.table import Table
@@ -52,8 +53,13 @@ class Job:
     mode: str = ""
     """Of verification; '': as the command line says."""
     target: str = "onnxruntime"
+    calibrated: bool = False
+    """Whether on `SAMPLES` of random tokens; else on samples that llmc draws, which are short for large models."""
 
 
+SAMPLES, TOKENS = 8, 64
+"""Of the data that calibrated jobs are given: 512 rows of each activation."""
+KEY_VALUE = ("key", "value")
 JOBS = (
     Job("optimize", "[{recipe: optimize}]", 1.0),
     Job("optimize-bf16", "[{recipe: optimize}]", 1.0, dtype="bfloat16", sources=("hf",)),
@@ -66,6 +72,14 @@ JOBS = (
         2.5,
         mode="local",
     ),
+    *(
+        Job(name, f"[{{recipe: optimize}}, {passes}, eliminate-dead]", 2.5, sources=("onnx",), calibrated=True)
+        for name, passes in {
+            "smooth": "smooth-quant, quantize-int8",
+            "gptq": "{quantize-weights: {method: gptq}}",
+            "awq": "{quantize-weights: {method: awq, insert_mul: true}}",
+        }.items()
+    ),
 )
 SLOWEST = 2.0
 """Copies of the source that a cast may take."""
@@ -74,7 +88,7 @@ HUGGINGFACE_BAR = 4.0
 RECIPE = """passes: {passes}
 target: {{kind: {target}}}
 model:
-  dimensions: {{batch: [1, 1, 2], sequence: [1, 4, 8], past_sequence: [0, 4, 8]}}
+  dimensions: {{batch: [1, 1, 2], sequence: [1, 4, {longest}], past_sequence: [0, 4, 8]}}
 verify: {{samples: {samples}, mode: {mode}, budgets: {{cosine: 0.5}}}}
 """
 """Verified on few tokens: what is measured is what weights take."""
@@ -194,16 +208,29 @@ def model(shape: Shape, kind: str, folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
+def write_samples(shape: Shape, folder: Path) -> None:
+    """Sentences of random tokens, each an .npz file with every input of the graph, its caches empty."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(SAMPLES):
+        ids = rng.integers(0, shape.vocabulary, (1, TOKENS))
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(TOKENS)[None]}
+        nothing = np.empty((1, shape.key_value_heads, 0, shape.width), shape.dtype)
+        given |= {f"past_key_values.{layer}.{part}": nothing for layer in range(shape.layers) for part in KEY_VALUE}
+        np.savez(folder / f"{number}.npz", **given)
+
+
 def compile_model(job: Job, source: Path, folder: Path, limit: Limit | None, options: argparse.Namespace) -> Use:
     """One compile, with an empty cache; a failed one leaves its error."""
     for name in ("cache", "out", "out.failed"):
         shutil.rmtree(folder / name, ignore_errors=True)
     recipe = folder / "recipe.yaml"
     settings = {"passes": job.passes, "target": job.target, "samples": options.samples}
-    recipe.write_text(RECIPE.format(**settings, mode=job.mode or options.mode), encoding="utf-8")
+    settings |= {"mode": job.mode or options.mode, "longest": TOKENS if job.calibrated else 8}
+    recipe.write_text(RECIPE.format(**settings), encoding="utf-8")
     forget(source)
     command = [sys.executable, "-m", "llmc.compiler", "compile", str(source), "--recipe", str(recipe)]
-    command += ["-o", str(folder / "out")]
+    command += ["-o", str(folder / "out"), *(["--calibration", str(folder / "samples")] if job.calibrated else [])]
     environment = {**os.environ, "LLMC_CACHE": str(folder / "cache")}
     found = watch(limit.command(command) if limit else command, environment, options.timeline)
     report = folder / "out" / "report.json"
@@ -222,6 +249,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
             jobs = [job for job in wanted if job.dtype == dtype]
             for layers in options.layers if jobs else ():
                 shape = replace(SHAPES[options.shape], layers=layers, dtype=dtype)
+                if any(job.calibrated for job in jobs):
+                    write_samples(shape, folder / "samples")
                 with model(shape, kind, folder) as source:
                     for job in jobs:
                         copied = copy_seconds(source, folder)
