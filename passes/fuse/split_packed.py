@@ -22,16 +22,17 @@ from llmc.passes.fuse.packed_views import (
 from llmc.passes.graph import (
     Array,
     Constant,
-    Derived,
     Graph,
     Node,
+    Rowwise,
     Tensor,
     fresh_names,
-    load_values,
+    loaded,
     metadata,
     module_of,
     onnx_dtype,
     outputs_of_scopes,
+    rows_of,
     scopes,
 )
 from llmc.passes.match import called
@@ -312,8 +313,10 @@ class _Packed:
 
     def _columns(self, constant: Constant, columns: Array, axis: int) -> Constant:
         """A weight or bias with its columns in this order, whenever it is read."""
-        held = Constant(constant.name, constant._values)  # as it is now
-        values = Derived(
-            onnx_dtype(constant), tuple(map(int, constant.shape)), lambda: load_values(held).take(columns, axis)
-        )
+        held = constant._values  # as it is now
+
+        def ordered(rows: slice) -> Array:
+            return rows_of(held, rows).take(columns, 1) if axis else loaded(held).take(columns[rows], 0)
+
+        values = Rowwise(onnx_dtype(constant), tuple(map(int, constant.shape)), ordered)
         return Constant(self.fresh(f"{constant.name}_in_order"), values)

@@ -11,19 +11,21 @@ from llmc.passes.base import Context, LlmcError, Pass, PassResult, Safety, Skip
 from llmc.passes.graph import (
     Array,
     Constant,
-    Derived,
     Graph,
     Node,
+    Rowwise,
     Tensor,
     Variable,
     constant_value,
     fresh_names,
-    load_values,
+    loaded,
     metadata,
+    rows_of,
     unlink,
 )
 from llmc.passes.opset import raise_opset
 from llmc.passes.precision.levels import INT8
+from llmc.passes.precision.rows import Stack
 from llmc.passes.precision.selection import SelectivePass
 from llmc.passes.precision.smooth_quant import uncorrected_shift
 from llmc.passes.precision.weight_sites import WeightSite, weight_sites
@@ -135,18 +137,16 @@ class _Editor:
 
     def _weight(self, site: WeightSite) -> tuple[Constant, Constant]:
         """The levels int8 [K, N], and the steps between them float32 [N], Gemm's alpha among them."""
-        rows = site.matrix()
-        peaks = np.abs(rows).max(axis=1, initial=0)
+        peaks = np.concatenate(Stack([site.view()]).each(lambda _, weight: np.abs(weight).max(axis=1, initial=0)))
         if not np.isfinite(peaks).all():
             raise LlmcError(f"quantize-dynamic: weight '{site.weight.name}' of {site.node.name} has NaN or infinity")
-        steps = INT8.scales(peaks, FLOAT32)
-        held, order = site.weight.copy(), (site.depth_axis, site.channel_axis)
+        steps, held, turned = INT8.scales(peaks, FLOAT32), site.weight._values, site.depth_axis == 1
 
-        def levels() -> Array:
-            return INT8.quantize(np.ascontiguousarray(load_values(held).transpose(order)), steps)
+        def levels(rows: slice) -> Array:
+            return INT8.quantize(loaded(held)[:, rows].T if turned else rows_of(held, rows), steps)
 
         name = site.weight.name
-        stored = Derived(onnx.TensorProto.INT8, (site.depth, len(rows)), levels)
+        stored = Rowwise(onnx.TensorProto.INT8, (site.depth, len(peaks)), levels)
         alpha = np.float32(site.node.attrs.get("alpha", 1.0))
         return Constant(self.fresh(f"{name}_int8"), stored), Constant(self.fresh(f"{name}_scale"), steps * alpha)
 
