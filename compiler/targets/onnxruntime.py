@@ -5,18 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+
 from llmc.compiler.blocks import WHOLE_BYTES
 from llmc.compiler.errors import LlmcError, TargetError
+from llmc.compiler.integers import has_signed_products
 from llmc.compiler.progress import Progress
 from llmc.compiler.session import Session
 from llmc.compiler.targets import Availability, BuildRequest, Built, TargetKind, installed_version
 from llmc.compiler.targets.input_shapes import profile_problems
-from llmc.passes.graph import Graph
+from llmc.passes.graph import Graph, load_model
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
+SATURATES = (
+    "this processor has no VNNI: here ONNX Runtime adds products of uint8 and int8 in 16 bits, which saturate, and may "
+    "lose more than verification shows, which is exact; its session option session.x64quantprecision=1 has them exact"
+)
+_LENGTH = 64
+"""Products in a sum that is tried."""
 _ERRORS_ONLY = 3
 """Log severity."""
 
@@ -64,7 +75,9 @@ class OnnxRuntime:
             session = ort.InferenceSession(os.fspath(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a class of its own for every status code
             raise TargetError(f"ONNX Runtime cannot load {model.name}: {error}") from error
+        warnings = [SATURATES] if saturates() and has_signed_products(load_model(model)) else []
         return Built(
+            warnings=warnings,
             facts={
                 "builder": "ONNX Runtime",
                 "builder_version": ort.__version__,
@@ -72,8 +85,21 @@ class OnnxRuntime:
                 "providers": session.get_providers(),
                 "inputs": [_signature(tensor) for tensor in session.get_inputs()],
                 "outputs": [_signature(tensor) for tensor in session.get_outputs()],
-            }
+            },
         )
+
+
+@cache
+def saturates() -> bool:
+    """Whether products of uint8 and int8 are inexact on this machine, as they are on x86 processors without VNNI."""
+    import onnxruntime as ort
+
+    text = f"""<ir_version: 8, opset_import: ["": 10]>
+        g (uint8[1, {_LENGTH}] x, int8[{_LENGTH}, 32] w) => (int32[1, 32] y) {{ y = MatMulInteger(x, w) }}"""
+    model = onnx.parser.parse_model(text).SerializeToString()
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    feeds = {"x": np.full((1, _LENGTH), 255, np.uint8), "w": np.full((_LENGTH, 32), 127, np.int8)}
+    return bool((session.run(None, feeds)[0] != 255 * 127 * _LENGTH).any())
 
 
 def _signature(tensor: Any) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
 from llmc.compiler.errors import TargetError
-from llmc.compiler.targets import BuildRequest, Range
-from llmc.compiler.targets.onnxruntime import OnnxRuntime
+from llmc.compiler.targets import BuildRequest, Range, onnxruntime
+from llmc.compiler.targets.onnxruntime import SATURATES, OnnxRuntime, saturates
 from llmc.passes.graph import save_model
 
 TARGET = OnnxRuntime()
@@ -43,6 +46,37 @@ def test_a_large_model_is_loaded_without_a_copy_of_its_weights(
     (model,) = save_model(parse(RELU), tmp_path / "model.onnx")
     built = TARGET.build(model, tmp_path, REQUEST, lambda _phase: None)
     assert built.facts["optimizations"] == "not tried: they would copy the weights"
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "uint8"])
+def test_where_products_saturate_that_is_said(
+    parse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, here: bool
+) -> None:
+    monkeypatch.setattr(onnxruntime, "saturates", lambda: here)
+    graph = parse(f"(uint8[n,4] x, {kind}[4,2] w) => (int32[n,2] y) {{ y = MatMulInteger(x, w) }}")
+    (model,) = save_model(graph, tmp_path / "model.onnx")
+    warnings = TARGET.build(model, tmp_path, REQUEST, lambda _phase: None).warnings
+    assert warnings == ([SATURATES] if here and kind == "int8" else [])
+
+
+def test_whether_products_saturate_here_is_tried() -> None:
+    """Without the session option that the warning names, and with it, by NumPy."""
+    rng = np.random.default_rng(0)
+    x, w = rng.integers(200, 256, (5, 64)).astype(np.uint8), rng.integers(-128, -100, (64, 32)).astype(np.int8)
+    text = (
+        """<ir_version: 8, opset_import: ["": 10]> g (uint8[n,64] x) => (int32[n,32] y) { y = MatMulInteger(x, w) }"""
+    )
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
+    exact = []
+    for setting in ("0", "1"):
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", setting)
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found = session.run(None, {"x": x})[0]
+        exact.append(bool((found == x.astype(np.int64) @ w.astype(np.int64)).all()))
+    assert exact == [not saturates(), True]
 
 
 def test_check_names_what_it_does_not_run(parse: Any) -> None:
