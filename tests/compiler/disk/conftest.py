@@ -28,6 +28,8 @@ RECIPES = {
     "linked": ("", "kind: onnxruntime, link_weights: true"),
 }
 """Name → passes, target."""
+LEAST = {"xfs": 320}
+"""MB that a file system has at least."""
 Mounted = Callable[[int], Path]
 """Makes a file system of so many MB; its root."""
 
@@ -41,7 +43,7 @@ def mounted(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounted]
     def mount(megabytes: int) -> Path:
         image, root = tmp_path / f"{len(made)}.image", tmp_path / f"disk{len(made)}"
         with image.open("wb") as file:
-            file.truncate(megabytes << 20)
+            file.truncate(max(megabytes, LEAST.get(kind, 0)) << 20)
         root.mkdir()
         for words in ([f"mkfs.{kind}", "-q", image], ["mount", "-o", "loop", image, root]):
             try:

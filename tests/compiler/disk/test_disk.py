@@ -110,7 +110,7 @@ def test_the_cache_leaves_the_room_that_the_output_needs(
     assert "the output needs what room is left on its disk" in caplog.text
 
 
-@pytest.mark.parametrize("mounted", ["btrfs"], indirect=True)
+@pytest.mark.parametrize("mounted", ["btrfs", "xfs"], indirect=True)
 def test_a_copy_that_shares_its_blocks_needs_no_room(
     model: Path, mounted: Mounted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,7 @@ def test_the_onnx_package_refuses_hard_links_and_so_does_its_target(model: Path,
         load(str(path))
 
 
-@pytest.mark.parametrize("mounted", ["btrfs"], indirect=True)
+@pytest.mark.parametrize("mounted", ["btrfs", "xfs"], indirect=True)
 def test_where_blocks_can_be_shared_links_are_files_of_their_own(model: Path, mounted: Mounted) -> None:
     root = mounted(160)
     moved = Path(shutil.copytree(model.parent, root / "source")) / "model.onnx"
