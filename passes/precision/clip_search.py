@@ -51,7 +51,7 @@ def searched(
     chosen = dict.fromkeys(tensors, ELSE)
     for part in batched(known, MEMORY):
         for name, rows in gather_rows(activations, graph, part, samples).items():
-            weight = Stack([site.view() for site in sites[name]])
+            weight = Stack([site.view() for site in sites[name]]).thinned()
             losses = _losses(rows, weight, levels, {clip: found[name] for clip, found in clips.items()})
             chosen[name] = min(losses, key=lambda clip: losses[clip])
     amax: dict[str, float] = {}

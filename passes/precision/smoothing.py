@@ -32,7 +32,8 @@ def find_smoothing(rows: Rows, weight: Stack, shift: bool, alphas: tuple[float, 
     """The smoothing with which `rows` times `weight` [outputs, channels] loses least in INT8.
 
     Fitted to each part of the rows and judged on the other: a channel that one part does not show in full clips.
-    The error is that of each row relative to its result, without what is the same in all rows (a bias takes that).
+    The error is that of each row relative to its result, without what is the same in all rows (a bias takes that), over
+    up to `OUTPUTS` outputs.
     """
     peaks = weight.peaks()
     judged = [

@@ -96,3 +96,10 @@ def test_products_in_parts_are_those_of_the_whole(outputs, part, seed):
     expected = np.mean(0.25 * spread / spread)  # half of each result is off, and 7 that a bias takes
     # float32 sums of 5 products, of results that the 7 makes up to some ten times as large
     np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_outputs_are_taken_evenly_from_all_matrices(monkeypatch):
+    monkeypatch.setattr(rows_module, "OUTPUTS", 10)
+    few, many = np.arange(4.0).reshape(4, 1), np.arange(100.0, 130).reshape(30, 1)
+    assert [m[:, 0].tolist() for m in Stack([few, many]).thinned().matrices] == [[0], [*range(100, 130, 4)]]
+    assert [m[:, 0].tolist() for m in Stack([few]).thinned().matrices] == [[0, 1, 2, 3]]
