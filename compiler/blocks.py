@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from llmc.compiler.parts import by_what_they_read, element_types, part_of, reads
-from llmc.compiler.peak import give_back
+from llmc.compiler.peak import give_back, trim
 from llmc.compiler.runner import Runner
 from llmc.compiler.spill import Spill
 from llmc.passes.graph import Array, Structure
@@ -109,6 +109,7 @@ class Blocks:
                 for name in block.done:
                     here.pop(name, None)
             del fixed, run, made  # before the next block's are made
+            trim()
         found = spill.values()
         return [[found[places[name]] for name in outputs] for places in kept]
 

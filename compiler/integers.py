@@ -55,9 +55,8 @@ def with_unsigned_products(graph: Graph) -> Graph:
             for factor, zero in list(_signed(node)):
                 node.inputs.extend(Variable.empty() for _ in range(len(node.inputs), zero + 1))
                 for index in (factor, zero):
-                    node.inputs[index] = _moved(
-                        node.inputs[index], f"{node.name or node.outputs[0].name}/{index}", nodes
-                    )
+                    name = f"{node.outputs[0].name}/{index}"
+                    node.inputs[index] = _moved(node.inputs[index], name, nodes)
             nodes.append(node)
         scope.nodes = nodes
     return copy

@@ -19,8 +19,13 @@ def peak_bytes(status: Path = Path("/proc/self/status")) -> int | None:
 
 
 def give_back() -> None:
-    """Give garbage, and what the C library keeps for later, back to the system (glibc; elsewhere garbage alone)."""
+    """Give garbage, and what the C library keeps for later, back to the system."""
     collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Give what the C library keeps for later back to the system (glibc; elsewhere nothing)."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -66,7 +66,7 @@ def as_product(node: Node, attention: bool) -> Product | str:
     if position == 0 and node.op.startswith("Conv"):
         return "its weight is not constant"
     read = cast("Reader", readers[position])
-    weight = read(WHOLE)
+    weight = read(slice(0, 1))
     if weight.dtype not in SINCE:
         return f"its weight is {weight.dtype}; only float32 and float16 are quantized"
     if weight.ndim < 2:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
+from onnxscript.rewriter.pattern import RewriteRule
 
 from llmc.compiler.errors import LlmcError
 from llmc.compiler.loaders import torch_export
 from llmc.compiler.loaders.mapped import MappedFiles
+from llmc.compiler.loaders.quiet import quiet
 from llmc.compiler.loaders.signature import Signature
 from llmc.compiler.loaders.torch_export import Rung, explain, export
 from llmc.compiler.loaders.widened import Widened
@@ -193,3 +197,38 @@ def test_root_cause_is_told(root: Exception, reason: str) -> None:
     outer = RuntimeError("Failed to convert the exported program to an ONNX model. This is step 3/3")
     outer.__cause__ = root
     assert explain(outer) == reason
+
+
+class Halves(torch.nn.Module):
+    """y = x with its two halves swapped and one negated, as rotary embeddings have it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((-x[:, 2:], x[:, :2]), dim=-1) * 1.0
+
+
+def test_onnxscript_s_rules_find_all_that_they_found_when_they_are_asked_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule that makes a Split of two Slices, which looks through the whole graph, among them."""
+    with quiet():
+        program = torch.onnx.export(
+            Halves().eval(), (torch.ones(2, 4),), dynamo=True, opset_version=20, optimize=False, verbose=False
+        )
+    assert program is not None
+    asked = 0
+    ask = RewriteRule.try_rewrite
+
+    def counted(rule: Any, *arguments: Any, **settings: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return ask(rule, *arguments, **settings)
+
+    monkeypatch.setattr(RewriteRule, "try_rewrite", counted)
+    before, found = ir.to_proto(program.model), []
+    for asking in (nullcontext, torch_export._rules_where_they_fit):
+        program.model, asked = ir.from_proto(before), 0
+        with asking():
+            program.optimize()
+        found.append((ir.to_proto(program.model), asked))
+    (plain, many), (fewer, few) = found
+    assert plain == fewer
+    assert "Split" in {node.op_type for node in plain.graph.node}
+    assert 0 < few < many / 3
