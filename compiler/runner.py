@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from math import prod
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
@@ -18,12 +19,16 @@ FED_FROM = 1 << 20
 """Bytes from which a weight is handed over with every run: ONNX Runtime copies those that a session is made with."""
 
 
+WIDE = 256 << 20
+"""Bytes, in float32, from which a computed weight of fewer bits waits in a file."""
+
+
 class Runner:
     """One model, ready to run on the CPU.
 
     Nothing is packed for the processor ahead of time: for the few runs that sessions here live, packing costs more
     than it saves. With `lean` memory goes back to the system after each operator, which takes a little longer, and
-    `run_values` is the only way to run it. Large weights are read, or computed to a file, when it runs first.
+    `run_values` is the only way to run it. Large weights are read, or computed, when it runs first.
     Raises LlmcError where ONNX Runtime cannot run the model, with its reason.
     """
 
@@ -59,7 +64,7 @@ class Runner:
     def _fed(self) -> dict[str, Array]:
         """The weights that are handed over with every run, in memory or mapped."""
         spill = Spill()
-        computed = {name: spill.put_weight(held) for name, held in self._to_feed.items() if isinstance(held, Derived)}
+        computed = {name: spill.put_weight(held) for name, held in self._to_feed.items() if _waits_in_a_file(held)}
         spilled = spill.values()
         return {
             name: spilled[computed[name]] if name in computed else contiguous(loaded(held))
@@ -82,6 +87,11 @@ def _run(run: Callable[..., list[Any]], feeds: Mapping[str, Any], outputs: Seque
         return run(list(outputs), feeds)
     except Exception as error:  # as above
         raise LlmcError(f"ONNX Runtime failed while running the graph: {error}") from error
+
+
+def _waits_in_a_file(held: Array | Weights) -> TypeGuard[Derived]:
+    """Whether a computed weight would be too much in memory beside what ONNX Runtime widens it to."""
+    return isinstance(held, Derived) and held.dtype.itemsize < 4 and 4 * prod(held.shape) >= WIDE
 
 
 def _can_be_fed(held: Array | Weights, *, as_values: bool) -> bool:

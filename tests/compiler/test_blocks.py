@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from llmc.compiler.blocks import Blocks, Part, blocks_of
 from llmc.compiler.runner import Runner
+from llmc.compiler.spill import Spill
 from llmc.passes.base import LlmcError
 from llmc.passes.graph import Array, Elementwise, Structure, from_model, loaded, to_structure
 
@@ -146,8 +149,13 @@ def test_samples_go_through_together_each_with_its_own_values(monkeypatch: pytes
     assert not isinstance(found[1][0].base, np.memmap)
 
 
-def test_computed_weights_are_mapped_and_computed_only_where_a_block_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In 16 bits too, which ONNX Runtime takes as a value with every run, not as an array."""
+@pytest.mark.parametrize("wide", [WEIGHT, WEIGHT + 1])
+def test_computed_weights_are_computed_only_where_a_block_runs(monkeypatch: pytest.MonkeyPatch, wide: int) -> None:
+    """In 16 bits too, which ONNX Runtime takes as a value with every run, not as an array; large ones in a file."""
+    spilled = list[Any]()
+    put = Spill.put_weight
+    monkeypatch.setattr(Spill, "put_weight", lambda spill, held: (spilled.append(held), put(spill, held))[1])
+    monkeypatch.setattr("llmc.compiler.runner.WIDE", wide)
     monkeypatch.setattr("llmc.compiler.runner.FED_FROM", WEIGHT // 2)
     structure = layers(3, "Cast<to = 1>(w{i})")
     for tensor in structure.model.graph.initializer:
@@ -168,6 +176,7 @@ def test_computed_weights_are_mapped_and_computed_only_where_a_block_runs(monkey
     names = ["h3", "h1"]
     found = one(blocks, values(), names)
     assert made == ["w0", "w1", "w2"]
+    assert spilled == (list(weights.values()) if wide == WEIGHT else [])
     expected = values()["h0"]
     for held in weights.values():
         expected = np.tanh(expected @ held.load().astype(np.float32))
