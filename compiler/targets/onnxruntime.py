@@ -16,6 +16,7 @@ from llmc.compiler.blocks import WHOLE_BYTES
 from llmc.compiler.errors import LlmcError, TargetError
 from llmc.compiler.integers import has_signed_products
 from llmc.compiler.progress import Progress
+from llmc.compiler.report.text import scaled
 from llmc.compiler.session import Session
 from llmc.compiler.targets import Availability, BuildRequest, Built, TargetKind, installed_version
 from llmc.compiler.targets.input_shapes import profile_problems
@@ -60,14 +61,20 @@ class OnnxRuntime:
     def build(self, model: Path, folder: Path, request: BuildRequest, progress: Progress) -> Built:  # noqa: ARG002
         """Load `model` as its users will, with ONNX Runtime's default optimizations, on the CPU.
 
-        Those copy the weights: a model of more than `WHOLE_BYTES` is loaded without them, and stays a mapped file.
+        Those copy the weights: a model of more than `WHOLE_BYTES` is loaded without them, and stays a mapped file. One
+        that is larger than this machine's memory is not loaded, which is said: it is for another machine.
         """
         import onnxruntime as ort
 
+        size = sum(path.stat().st_size for path in folder.glob(f"{model.name}*"))
+        facts: dict[str, object] = {"builder": "ONNX Runtime", "builder_version": ort.__version__}
+        if size > memory_bytes():
+            here = f"{scaled(size, 'B')}, and this machine has {scaled(memory_bytes(), 'B')} of memory"
+            return Built(facts=facts, warnings=[f"{model.name} was not loaded in ONNX Runtime: it has {here}"])
         progress("loading it in ONNX Runtime")
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
-        large = sum(path.stat().st_size for path in folder.glob(f"{model.name}*")) > WHOLE_BYTES
+        large = size > WHOLE_BYTES
         if large:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -78,15 +85,19 @@ class OnnxRuntime:
         warnings = [SATURATES] if saturates() and has_signed_products(load_model(model)) else []
         return Built(
             warnings=warnings,
-            facts={
-                "builder": "ONNX Runtime",
-                "builder_version": ort.__version__,
+            facts=facts
+            | {
                 "optimizations": "not tried: they would copy the weights" if large else "default",
                 "providers": session.get_providers(),
                 "inputs": [_signature(tensor) for tensor in session.get_inputs()],
                 "outputs": [_signature(tensor) for tensor in session.get_outputs()],
             },
         )
+
+
+def memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @cache

@@ -79,6 +79,19 @@ def test_whether_products_saturate_here_is_tried() -> None:
     assert exact == [not saturates(), True]
 
 
+def test_what_is_larger_than_memory_is_not_loaded(parse: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not tried in vain, and not passed over in silence."""
+    monkeypatch.setattr(onnxruntime, "memory_bytes", lambda: 8)
+    (model,) = save_model(parse(RELU), tmp_path / "model.onnx")
+    size = model.stat().st_size
+    model.write_bytes(bytes(size))  # would not load
+    built = TARGET.build(model, tmp_path, REQUEST, lambda _phase: None)
+    assert built.warnings == [
+        f"model.onnx was not loaded in ONNX Runtime: it has {size} B, and this machine has 8 B of memory"
+    ]
+    assert "optimizations" not in built.facts
+
+
 def test_check_names_what_it_does_not_run(parse: Any) -> None:
     graph = parse(RELU)
     graph.nodes[0].domain = "my.domain"
