@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -110,8 +111,31 @@ def test_a_process_that_fails_is_told_so(source: Any, monkeypatch: pytest.Monkey
         exporter_apart(source)(RUNG)
 
 
-def test_nothing_is_left_of_it_after_an_interrupt(source: Any) -> None:
-    once_it_runs(lambda _process: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT))
+class _Interrupted:
+    """A stream at which Ctrl-C comes while it is waited for."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def read(self) -> bytes:
+        raise KeyboardInterrupt
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def test_nothing_is_left_of_it_after_an_interrupt(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = list[int]()
+
+    class Process(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            self.stdout: Any = _Interrupted(self.stdout)
+            begun.append(self.pid)
+            assert Path(f"/proc/{self.pid}").exists()
+
+    monkeypatch.setattr("subprocess.Popen", Process)
     with pytest.raises(KeyboardInterrupt):
         exporter_apart(source)(RUNG)
-    assert exports() == []
+    assert [pid for pid in begun if Path(f"/proc/{pid}").exists()] == []
+    assert len(begun) == 1
