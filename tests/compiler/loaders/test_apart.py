@@ -80,18 +80,28 @@ def test_why_there_is_no_graph_comes_in_one_line(source: Any) -> None:
         exporter_apart(source)(Rung(24, "no-such-attention"))
 
 
-def exports() -> list[int]:
-    """Processes of exports that this one has begun."""
+def running() -> list[int]:
+    """Processes of exports that this one has begun, and that load torch."""
     me = os.getpid()
     begun = [int(pid) for task in Path(f"/proc/{me}/task").iterdir() for pid in (task / "children").read_text().split()]
-    return [pid for pid in begun if b"llmc.compiler.loaders.apart" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [
+        pid for pid in begun if told(pid, "cmdline", "llmc.compiler.loaders.apart") and told(pid, "maps", "/torch/")
+    ]
+
+
+def told(process: int, file: str, text: str) -> bool:
+    """Whether the system says this of a process, which may have ended just now."""
+    try:
+        return text in Path(f"/proc/{process}/{file}").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def once_it_runs(act: Callable[[int], object]) -> None:
     """Do something with the other process, from a thread, once it has read its job and loads torch."""
 
     def wait() -> None:
-        while not (found := [pid for pid in exports() if "/torch/" in Path(f"/proc/{pid}/maps").read_text()]):
+        while not (found := running()):
             time.sleep(0.05)
         act(found[0])
 
