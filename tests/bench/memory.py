@@ -245,7 +245,8 @@ def measure(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
         progress("no memory limit: none was asked for, or neither cgroups nor systemd-run are here")
     for kind in options.sources:
         for dtype in dict.fromkeys(job.dtype for job in JOBS):
-            wanted = [job for job in JOBS if kind in job.sources and (not options.only or job.name in options.only)]
+            asked = options.only or [job.name for job in JOBS if not job.calibrated]
+            wanted = [job for job in JOBS if kind in job.sources and job.name in asked]
             jobs = [job for job in wanted if job.dtype == dtype]
             for layers in options.layers if jobs else ():
                 shape = replace(SHAPES[options.shape], layers=layers, dtype=dtype)
@@ -324,7 +325,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--sources", nargs="+", choices=("onnx", "hf"), default=["onnx", "hf"])
-    parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], help="recipes (default: all)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[job.name for job in JOBS],
+        help="recipes (default: all but smooth, gptq and awq, which take hours at 32 layers)",
+    )
     parser.add_argument("--limit", type=float, default=6e9, help="bytes of memory of the limited runs; 0: none")
     parser.add_argument("--samples", type=int, default=1, help="that each step is verified on")
     parser.add_argument("--mode", default="final", help="of verification")
